@@ -1,0 +1,138 @@
+"""CPU versions of the operations.
+
+With many queries everything is matrix products, which torch runs well. With few (decoding) the time goes into reading
+memory, and a general library loses: gathering rows writes and reads every kept key again. The compiled loops read each
+kept key once for all query heads of its group, and split kept keys evenly over the cores whatever each head keeps.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numba import get_num_threads
+from torch import Tensor
+
+from squeezed.ops.cpu import attend, score
+from squeezed.ops.reference import expand_to_children, kept_keys, merge_attention, select_clusters
+
+__all__ = [
+    "attend_selected",
+    "expand_to_children",
+    "kept_keys",
+    "merge_attention",
+    "score_centroids",
+    "select_clusters",
+]
+
+_STREAMED_ROWS = 32  # above this many query rows per KV head, matrix products are faster than the streaming loops
+_ITEMS_PER_THREAD = 4  # work items per core: enough to even out, few enough to merge for free
+_LOGITS = 2**24  # logits held at once when many queries attend: 64 MB
+
+
+def score_centroids(
+    query: Tensor, centroids: Tensor, sizes: Tensor, scale: float, allowed: Tensor | None = None
+) -> Tensor:
+    """See :func:`squeezed.ops.reference.score_centroids`."""
+    batch, q_heads, queries, dim = query.shape
+    kv_heads, clusters, _ = centroids.shape
+    rows = (q_heads // kv_heads) * queries
+    grouped = query.reshape(batch, kv_heads, rows, dim).float()
+    if rows <= _STREAMED_ROWS and centroids.dtype != torch.float16:
+        flat_allowed = np.empty((0, 0), np.bool_)
+        if allowed is not None:
+            flat_allowed = allowed.reshape(batch * kv_heads, clusters).contiguous().numpy()
+        scores = np.empty((batch * kv_heads, clusters), np.float32)
+        flat_query = grouped.reshape(batch * kv_heads, rows, dim).contiguous().numpy()
+        score.score_rows(flat_query, _raw(centroids), sizes.numpy(), flat_allowed, np.float32(scale), scores)
+        return torch.from_numpy(scores).view(batch, kv_heads, clusters)
+    by_head = (grouped * scale).transpose(0, 1).reshape(kv_heads, batch * rows, dim)
+    logits = torch.bmm(by_head, centroids.float().transpose(1, 2)).view(kv_heads, batch, rows, clusters)
+    valid = (sizes > 0).unsqueeze(1)
+    if allowed is not None:
+        valid = valid & allowed.transpose(0, 1)
+    logits.masked_fill_(~valid.unsqueeze(2), float("-inf"))
+    log_sizes = sizes.clamp(min=1).float().log()[:, None, None, :]
+    denominator = (logits + log_sizes).logsumexp(-1, keepdim=True).nan_to_num_(neginf=0.0)
+    return (logits.sub_(denominator).logsumexp(2) - math.log(rows)).transpose(0, 1)
+
+
+def attend_selected(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    offsets: Tensor,
+    selected: Tensor | None,
+    window: tuple[int, int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`squeezed.ops.reference.attend_selected`."""
+    batch, q_heads, queries, dim = query.shape
+    kv_heads = keys.shape[0]
+    rows = (q_heads // kv_heads) * queries
+    if selected is None:
+        nothing = np.empty((batch * kv_heads, 0), np.bool_)
+        runs = attend.merge_runs(nothing, np.zeros((kv_heads, 1), np.int32), 0, window[1])
+    else:
+        flat = selected.reshape(batch * kv_heads, -1).contiguous().numpy()
+        runs = attend.merge_runs(flat, offsets.numpy(), window[0], window[1])
+    grouped = query.float().reshape(batch * kv_heads, rows, dim).contiguous()
+    few = rows <= _STREAMED_ROWS and keys.dtype != torch.float16
+    output, lse = (_attend_streamed if few else _attend_gathered)(grouped, keys, values, runs, scale)
+    return output.view(batch, q_heads, queries, dim), lse.view(batch, q_heads, queries)
+
+
+Runs = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def _attend_streamed(grouped: Tensor, keys: Tensor, values: Tensor, runs: Runs, scale: float) -> tuple[Tensor, Tensor]:
+    """Read every kept key once; partial results of equal work items are merged by log-sum-exp."""
+    starts, ends, counts = runs
+    rows, group, dim = grouped.shape
+    items = attend.plan_items(starts, ends, counts, get_num_threads() * _ITEMS_PER_THREAD)
+    partial = np.empty((len(items), group, dim), np.float32)
+    partial_max = np.empty((len(items), group), np.float32)
+    partial_sum = np.empty((len(items), group), np.float32)
+    attend.stream_items(
+        grouped.numpy(),
+        _raw(keys),
+        _raw(values),
+        starts,
+        ends,
+        items,
+        np.float32(scale),
+        partial,
+        partial_max,
+        partial_sum,
+    )
+    output = np.empty((rows, group, dim), np.float32)
+    lse = np.empty((rows, group), np.float32)
+    attend.merge_items(items, partial, partial_max, partial_sum, output, lse)
+    return torch.from_numpy(output), torch.from_numpy(lse)
+
+
+def _attend_gathered(grouped: Tensor, keys: Tensor, values: Tensor, runs: Runs, scale: float) -> tuple[Tensor, Tensor]:
+    """Gather each head's kept keys once for all its queries, then two matrix products per block of queries."""
+    starts, ends, counts = runs
+    output = grouped.new_zeros(grouped.shape)
+    lse = grouped.new_full(grouped.shape[:2], float("-inf"))
+    for row in range(grouped.shape[0]):
+        if counts[row] == 0:
+            continue
+        head = row % keys.shape[0]
+        index = torch.from_numpy(attend.run_positions(starts[row], ends[row], counts[row]))
+        transposed_keys = keys[head].index_select(0, index).float().t()
+        kept_values = values[head].index_select(0, index).float()
+        step = max(1, _LOGITS // index.numel())
+        for first in range(0, grouped.shape[1], step):
+            block = slice(first, first + step)
+            logits = (grouped[row, block] * scale) @ transposed_keys
+            lse[row, block] = logits.logsumexp(-1)
+            output[row, block] = logits.sub_(lse[row, block].unsqueeze(-1)).exp_() @ kept_values
+    return output, lse
+
+
+def _raw(tensor: Tensor) -> np.ndarray:
+    """A numpy view; bfloat16 as its 16 bits."""
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
