@@ -1,0 +1,6 @@
+"""Triton versions of the four operations; `squeezed.ops.reference` defines what they compute."""
+
+from squeezed.ops.triton.chain import attend_fixed
+from squeezed.ops.triton.merge import merge_attention
+
+__all__ = ["attend_fixed", "merge_attention"]

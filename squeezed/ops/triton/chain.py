@@ -1,0 +1,153 @@
+"""The whole of attention to a fixed context on the GPU: score, select, attend, as one registered operator.
+
+No step reads anything back to the host and every buffer has the size of the worst case, so a call can be captured in a
+CUDA graph; the thresholds are read from device memory, so they may change between replays.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from squeezed.ops.layout import ClusteredKeys
+from squeezed.ops.triton import device as dev
+from squeezed.ops.triton.attend import AttendConfig, attend_config, attend_list
+from squeezed.ops.triton.score import Scores, score_few_rows
+from squeezed.ops.triton.score_many import score_many_rows
+from squeezed.ops.triton.select import WorkList, chunks_of, select_clusters
+
+
+def select_keys(
+    query: Tensor,
+    centroids: list[Tensor],
+    sizes: list[Tensor],
+    offsets: list[Tensor],
+    clustered: int,
+    log_thresholds: Tensor,
+    window: tuple[int, int],
+    scale: float,
+    width: int,
+) -> tuple[WorkList, Tensor]:
+    """Score and select level by level, coarsest first.
+
+    Args:
+        query: [B, Hk, rows, D] contiguous.
+        centroids, sizes, offsets: of each level, finest first, as in `ClusterLevel`.
+        clustered: number of keys in clusters.
+        log_thresholds: [levels] float32 on the device, finest first.
+        window: [start, end) of the keys that every list ends with.
+        width: keys per entry of the finest list.
+
+    Returns:
+        the list of keys, and zeroed int64 words for `attend_list`.
+    """
+    batch, kv_heads, rows, _ = query.shape
+    problems = batch * kv_heads
+    score = score_few_rows if rows <= dev.FEW_ROWS else score_many_rows
+    work: WorkList | None = None
+    arrivals: Tensor
+    for level in reversed(range(len(centroids))):
+        ids, id_counts = (work.entries, work.counts) if work else (None, None)
+        capacity = centroids[level].shape[1] if ids is None else ids.shape[1]
+        status_words = problems * chunks_of(capacity)
+        arrival_words = problems * -(-rows // dev.padded_rows(rows))
+        scores: Scores = score(
+            query, centroids[level], sizes[level], scale, status_words + arrival_words, ids, id_counts
+        )
+        finest = level == 0
+        work = select_clusters(
+            scores,
+            scores.sync,
+            offsets[level],
+            clustered if finest else centroids[level - 1].shape[1],
+            log_thresholds,
+            level,
+            window if finest else (0, 0),
+            width if finest else 1,
+            ids,
+            id_counts,
+        )
+        arrivals = scores.sync[status_words:]
+    assert work is not None
+    return work, arrivals
+
+
+@torch.library.custom_op("squeezed::attend_fixed", mutates_args=())
+def _attend_fixed(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    centroids: list[Tensor],
+    sizes: list[Tensor],
+    offsets: list[Tensor],
+    clustered: int,
+    log_thresholds: Tensor,
+    window_end: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, q_heads, queries, head_dim = query.shape
+    dev.check_head_dim(head_dim)
+    kv_heads = keys.shape[0]
+    rows = q_heads // kv_heads * queries
+    grouped = query.reshape(batch, kv_heads, rows, head_dim).contiguous()
+    config = attend_config(head_dim, rows, keys.dtype)
+    work, arrivals = select_keys(
+        grouped, centroids, sizes, offsets, clustered, log_thresholds, (clustered, window_end), scale, config.width
+    )
+    output, lse = attend_list(grouped, keys, values, work, arrivals, scale, config)
+    shape = (batch, q_heads, queries)
+    return output.reshape(*shape, head_dim), lse.reshape(shape), work.kept.reshape(batch, kv_heads)
+
+
+@_attend_fixed.register_fake
+def _(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    centroids: list[Tensor],
+    sizes: list[Tensor],
+    offsets: list[Tensor],
+    clustered: int,
+    log_thresholds: Tensor,
+    window_end: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, q_heads, queries, _ = query.shape
+    return (
+        query.new_empty(query.shape, dtype=torch.float32),
+        query.new_empty((batch, q_heads, queries), dtype=torch.float32),
+        query.new_empty((batch, keys.shape[0]), dtype=torch.int32),
+    )
+
+
+def attend_fixed(
+    query: Tensor, layer: ClusteredKeys, log_thresholds: Tensor, window_end: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Squeezed attention of one layer to its fixed context.
+
+    Args:
+        query: [B, Hq, M, D] float32, float16 or bfloat16; the M queries of a group of heads share one selection.
+        layer: keys, values and clusters, contiguous, on the query's device and of its dtype.
+        log_thresholds: [levels] float32 on the device, finest level first; -inf keeps every cluster, +inf none.
+        window_end: keys [layer.clustered, window_end) are always attended.
+        scale: softmax scale.
+
+    Returns:
+        output [B, Hq, M, D] float32, log-sum-exp [B, Hq, M] float32 (0 and -inf where nothing is attended), and kept
+        [B, Hk] int32, clustered keys attended.
+    """
+    return torch.ops.squeezed.attend_fixed(
+        query,
+        layer.keys,
+        layer.values,
+        [level.centroids for level in layer.levels],
+        [level.sizes for level in layer.levels],
+        [level.offsets for level in layer.levels],
+        layer.clustered,
+        log_thresholds,
+        window_end,
+        scale,
+    )
+
+
+__all__ = ["AttendConfig", "attend_fixed", "select_keys"]

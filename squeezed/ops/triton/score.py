@@ -1,0 +1,184 @@
+"""Score centroids for few query rows (decoding): one read of the centroids, logits kept, log-sum-exp in parts.
+
+The normaliser of a row needs every centroid, so each program leaves the maximum and sum of its own piece, and the
+selection that follows joins them: no second pass over the centroids, no launch of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from squeezed.ops.triton import device as dev
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of one level, before the threshold.
+
+    Attributes:
+        logits: [B * Hk, rows, capacity] float32, s q.C of each row; or log scores with rows = 1 if `part_max` is None.
+        part_max, part_sum: [B * Hk, rows, splits] float32, log-sum-exp of each piece as maximum and scaled sum.
+        sync: int64 words for the selection and the attention that follow, already zero.
+    """
+
+    logits: Tensor
+    part_max: Tensor | None
+    part_sum: Tensor | None
+    sync: Tensor
+
+
+@triton.jit
+def clear_words(words, count, program, programs, BLOCK: tl.constexpr):
+    """Zero this program's share of the words on which later kernels synchronise."""
+    for start in range(program * BLOCK, count, programs * BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        tl.store(words + index, tl.zeros([BLOCK], tl.int64), mask=index < count)
+
+
+@triton.jit
+def _score_few_rows(
+    query,
+    centroids,
+    sizes,
+    ids,
+    id_counts,
+    logits,
+    part_max,
+    part_sum,
+    sync,
+    sync_words,
+    scale,
+    kv_heads,
+    rows,
+    clusters,
+    capacity,
+    splits,
+    HAS_IDS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    TILES: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    split = tl.program_id(0)
+    problem = tl.program_id(1)
+    head = problem % kv_heads
+    if PDL:
+        if HAS_IDS:
+            tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if split == 0:
+        clear_words(sync, sync_words, problem, tl.num_programs(1), 256)
+    count = clusters
+    if HAS_IDS:
+        count = tl.load(id_counts + problem)
+    row = tl.arange(0, BLOCK_R)
+    dim = tl.arange(0, HEAD_DIM)
+    row_mask = row < rows
+    begin = split * (BLOCK_C * TILES)
+    running_max = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    running_sum = tl.zeros([BLOCK_R], tl.float32)
+    if begin < count:
+        q = tl.load(
+            query + (problem.to(tl.int64) * rows + row[:, None]) * HEAD_DIM + dim[None, :],
+            mask=row_mask[:, None],
+            other=0.0,
+        )
+        base = centroids + head.to(tl.int64) * clusters * HEAD_DIM
+        q = q.to(tl.float16) if centroids.dtype.element_ty == tl.float8e4nv else q.to(centroids.dtype.element_ty)
+        steps = tl.minimum(TILES, tl.cdiv(count - begin, BLOCK_C))
+        for tile in tl.range(0, steps, num_stages=STAGES):
+            index = begin + tile * BLOCK_C + tl.arange(0, BLOCK_C)
+            inside = index < count
+            cluster = index
+            if HAS_IDS:
+                cluster = tl.load(ids + problem.to(tl.int64) * capacity + index, mask=inside, other=0)
+            c = tl.load(base + cluster[:, None] * HEAD_DIM + dim[None, :], mask=inside[:, None], other=0.0)
+            size = tl.load(sizes + head * clusters + cluster, mask=inside, other=0)
+            scores = tl.dot(q, tl.trans(c.to(q.dtype)), input_precision=PRECISION) * scale
+            scores = tl.where((size > 0)[None, :], scores, float("-inf"))
+            tl.store(
+                logits + (problem.to(tl.int64) * rows + row[:, None]) * capacity + index[None, :],
+                scores,
+                mask=row_mask[:, None] & inside[None, :],
+            )
+            weighted = scores + tl.log(tl.maximum(size, 1).to(tl.float32))[None, :]
+            new_max = tl.maximum(running_max, tl.max(weighted, axis=1))
+            safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+            running_sum = running_sum * tl.exp(running_max - safe_max)
+            running_sum += tl.sum(tl.exp(weighted - safe_max[:, None]), axis=1)
+            running_max = new_max
+    part = (problem * rows + row) * splits + split
+    tl.store(part_max + part, running_max, mask=row_mask)
+    tl.store(part_sum + part, running_sum, mask=row_mask)
+
+
+def score_few_rows(
+    query: Tensor,
+    centroids: Tensor,
+    sizes: Tensor,
+    scale: float,
+    sync_words: int,
+    ids: Tensor | None = None,
+    id_counts: Tensor | None = None,
+    *,
+    block: int | None = None,
+    tiles: int = 4,
+    stages: int = 3,
+    warps: int = 4,
+) -> Scores:
+    """Logits of every centroid (or of those in `ids`) for up to `FEW_ROWS` query rows.
+
+    Args:
+        query: [B, Hk, rows, D] contiguous; rows = heads of the group x queries.
+        centroids: [Hk, K, D] contiguous.
+        sizes: [Hk, K] int32, 0 marks padding.
+        scale: softmax scale s.
+        sync_words: int64 words to hand on, zeroed, to the kernels that follow.
+        ids, id_counts: [B * Hk, capacity] and [B * Hk] int32, the clusters a coarser level left.
+    """
+    batch, kv_heads, rows, head_dim = query.shape
+    clusters = centroids.shape[1]
+    capacity = clusters if ids is None else ids.shape[1]
+    block = block or max(16, min(128, 16384 // head_dim // (2 if centroids.dtype == torch.float32 else 1)))
+    splits = triton.cdiv(capacity, block * tiles)
+    problems = batch * kv_heads
+    logits = torch.empty(problems, rows, capacity, dtype=torch.float32, device=query.device)
+    part_max, part_sum = torch.empty(2, problems, rows, splits, dtype=torch.float32, device=query.device)
+    sync = torch.empty(sync_words, dtype=torch.int64, device=query.device)
+    _score_few_rows[(splits, problems)](
+        query,
+        centroids,
+        sizes,
+        ids,
+        id_counts,
+        logits,
+        part_max,
+        part_sum,
+        sync,
+        sync_words,
+        scale,
+        kv_heads,
+        rows,
+        clusters,
+        capacity,
+        splits,
+        HAS_IDS=ids is not None,
+        HEAD_DIM=head_dim,
+        BLOCK_R=dev.padded_rows(rows),
+        BLOCK_C=block,
+        TILES=tiles,
+        STAGES=stages,
+        PRECISION=dev.dot_precision(centroids.dtype),
+        PDL=dev.has_dependent_launch(query.device),
+        num_warps=warps,
+        **(dev.launch_options(query.device) if ids is not None else {}),
+    )
+    return Scores(logits, part_max, part_sum, sync)

@@ -1,0 +1,181 @@
+"""Score centroids for many query rows that share one selection (question prefill): two matrix products, nothing stored.
+
+The score of a cluster is a mean over rows of exp(logit - row's log-sum-exp). Rows x clusters logits would not fit, so they
+are computed twice: first reduced along clusters (the rows' log-sum-exps), then along rows (the scores). Both are the same
+kernel, a product whose rows are reduced by an online log-sum-exp, with queries and centroids trading places.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from squeezed.ops.triton import device as dev
+from squeezed.ops.triton.attend import LOG2E
+from squeezed.ops.triton.score import Scores, clear_words
+
+
+@triton.jit
+def _reduce_product(
+    query,
+    centroids,
+    sizes,
+    ids,
+    id_counts,
+    row_lse,
+    result,
+    sync,
+    sync_words,
+    scale_log2,
+    kv_heads,
+    rows,
+    clusters,
+    capacity,
+    splits,
+    ROWS_FIRST: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """ROWS_FIRST: row_lse[problem, split, row] over a piece of the clusters; else result[problem, cluster] over rows."""
+    block = tl.program_id(0)
+    split = tl.program_id(1)
+    problem = tl.program_id(2)
+    head = problem % kv_heads
+    if PDL:
+        if HAS_IDS or not ROWS_FIRST:
+            tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if ROWS_FIRST and (block == 0 and split == 0):
+        clear_words(sync, sync_words, problem, tl.num_programs(2), 256)
+    count = clusters
+    if HAS_IDS:
+        count = tl.load(id_counts + problem)
+    query_base = query + problem.to(tl.int64) * rows * HEAD_DIM
+    centroid_base = centroids + head.to(tl.int64) * clusters * HEAD_DIM
+    size_base = sizes + head * clusters
+    id_base = ids + problem.to(tl.int64) * capacity if HAS_IDS else ids
+    lse_base = row_lse + problem.to(tl.int64) * splits * rows
+    dim = tl.arange(0, HEAD_DIM)
+    x_index = block * BLOCK_X + tl.arange(0, BLOCK_X)
+    if ROWS_FIRST:
+        piece = tl.cdiv(tl.cdiv(count, BLOCK_Y), splits) * BLOCK_Y
+        y_start = split * piece
+        y_stop = tl.minimum(y_start + piece, count)
+        x_mask = x_index < rows
+        x = tl.load(query_base + x_index[:, None] * HEAD_DIM + dim[None, :], mask=x_mask[:, None], other=0.0)
+    else:
+        y_start = 0
+        y_stop = tl.where(block * BLOCK_X < count, rows, 0)
+        x_mask = x_index < count
+        x_cluster = tl.load(id_base + x_index, mask=x_mask, other=0) if HAS_IDS else x_index
+        x = tl.load(centroid_base + x_cluster[:, None] * HEAD_DIM + dim[None, :], mask=x_mask[:, None], other=0.0)
+        x = x.to(query.dtype.element_ty)
+    top = tl.full([BLOCK_X], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_X], tl.float32)
+    for start in tl.range(y_start, y_stop, BLOCK_Y, num_stages=STAGES):
+        y_index = start + tl.arange(0, BLOCK_Y)
+        y_mask = y_index < y_stop
+        if ROWS_FIRST:
+            y_cluster = tl.load(id_base + y_index, mask=y_mask, other=0) if HAS_IDS else y_index
+            y = tl.load(centroid_base + y_cluster[:, None] * HEAD_DIM + dim[None, :], mask=y_mask[:, None], other=0.0)
+            size = tl.load(size_base + y_cluster, mask=y_mask, other=0)
+            bias = tl.where(size > 0, tl.log2(tl.maximum(size, 1).to(tl.float32)), float("-inf"))
+        else:
+            y = tl.load(query_base + y_index[:, None] * HEAD_DIM + dim[None, :], mask=y_mask[:, None], other=0.0)
+            part = tl.arange(0, BLOCK_SPLITS)
+            parts = tl.load(
+                lse_base + part[:, None] * rows + y_index[None, :],
+                mask=(part < splits)[:, None] & y_mask[None, :],
+                other=float("-inf"),
+            )
+            peak = tl.max(parts, axis=0)
+            peak = tl.where(peak == float("-inf"), 0.0, peak)
+            bias = -(peak + tl.log2(tl.sum(tl.exp2(parts - peak[None, :]), axis=0)))
+            # A row that no cluster is allowed for, and a row past the end, contribute to no score.
+            bias = tl.where(bias < float("inf"), bias, float("-inf"))
+        logits = tl.dot(x, tl.trans(y.to(x.dtype)), input_precision=PRECISION) * scale_log2 + bias[None, :]
+        new_top = tl.maximum(top, tl.max(logits, axis=1))
+        safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp2(top - safe_top) + tl.sum(tl.exp2(logits - safe_top[:, None]), axis=1)
+        top = new_top
+    lse = tl.where(total > 0, top + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
+    if ROWS_FIRST:
+        tl.store(lse_base + split * rows + x_index, lse, mask=x_mask)
+    else:
+        size = tl.load(size_base + x_cluster, mask=x_mask, other=0)
+        score = lse * 0.6931471805599453 - tl.log(rows.to(tl.float32))
+        score = tl.where(size > 0, score, float("-inf"))
+        tl.store(result + problem.to(tl.int64) * capacity + x_index, score, mask=x_mask)
+
+
+def score_many_rows(
+    query: Tensor,
+    centroids: Tensor,
+    sizes: Tensor,
+    scale: float,
+    sync_words: int,
+    ids: Tensor | None = None,
+    id_counts: Tensor | None = None,
+    *,
+    block: int = 128,
+    across: int | None = None,
+    stages: int = 3,
+    warps: int = 8,
+) -> Scores:
+    """Log scores of every centroid (or of those in `ids`), averaged over all rows. Arguments as `score_few_rows`."""
+    batch, kv_heads, rows, head_dim = query.shape
+    clusters = centroids.shape[1]
+    capacity = clusters if ids is None else ids.shape[1]
+    problems = batch * kv_heads
+    wide = head_dim * query.element_size() // 128
+    across = across or {1: 128, 2: 128}.get(wide, 32)
+    block = min(block, max(16, triton.next_power_of_2(rows))) if not dev.INTERPRETED else 32
+    block = block if wide <= 4 else 32
+    row_blocks = triton.cdiv(rows, block)
+    wanted = 2 * dev.multiprocessors(query.device) // (row_blocks * problems)
+    splits = 1 << max(0, min(16, wanted, triton.cdiv(capacity, across)).bit_length() - 1)
+    row_lse = torch.empty(problems, splits, rows, dtype=torch.float32, device=query.device)
+    result = torch.empty(problems, 1, capacity, dtype=torch.float32, device=query.device)
+    sync = torch.empty(sync_words, dtype=torch.int64, device=query.device)
+    options = dev.launch_options(query.device)
+    for rows_first, grid in (
+        (True, (row_blocks, splits, problems)),
+        (False, (triton.cdiv(capacity, block), 1, problems)),
+    ):
+        _reduce_product[grid](
+            query,
+            centroids,
+            sizes,
+            ids,
+            id_counts,
+            row_lse,
+            result,
+            sync,
+            sync_words,
+            scale * LOG2E,
+            kv_heads,
+            rows,
+            clusters,
+            capacity,
+            splits,
+            ROWS_FIRST=rows_first,
+            HAS_IDS=ids is not None,
+            HEAD_DIM=head_dim,
+            BLOCK_X=block,
+            BLOCK_Y=across,
+            BLOCK_SPLITS=triton.next_power_of_2(splits),
+            STAGES=stages,
+            PRECISION=dev.dot_precision(query.dtype),
+            PDL=dev.has_dependent_launch(query.device),
+            num_warps=warps,
+            **(options if ids is not None or not rows_first else {}),
+        )
+    return Scores(result, None, None, sync)

@@ -1,0 +1,240 @@
+"""Select clusters into a work list on the device: threshold, scan, expand, one launch.
+
+A program takes one chunk of a head's clusters, publishes how many entries the chunk yields, waits for the chunks before
+it to publish theirs (they started earlier, so this ends) and writes its entries behind theirs. The order is that of the
+clusters whatever the timing: the list, and so the sums made from it, are the same in every run.
+
+An entry is a short run of consecutive children: start * 16 + length with length up to `width`, or just the start when
+the width is 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from squeezed.ops.triton import device as dev
+from squeezed.ops.triton.score import Scores
+
+CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class WorkList:
+    """What is selected, per question and KV head.
+
+    Attributes:
+        entries: [B * Hk, capacity] int32, runs of children (module docstring); only the first `counts` are written.
+        counts: [B * Hk] int32, entries of each.
+        kept: [B * Hk] int32, children in selected clusters (the window not counted).
+        width: children per entry at most.
+    """
+
+    entries: Tensor
+    counts: Tensor
+    kept: Tensor
+    width: int
+
+
+def chunks_of(capacity: int) -> int:
+    return triton.cdiv(capacity, CHUNK)
+
+
+def list_capacity(children: int, clusters: int, window: int, width: int) -> int:
+    """Entries that a head can need at most: every cluster may end in one incomplete run."""
+    return (children + (width - 1) * clusters) // width + triton.cdiv(window, width)
+
+
+@triton.jit
+def _select(
+    logits,
+    part_max,
+    part_sum,
+    offsets,
+    ids,
+    id_counts,
+    log_thresholds,
+    entries,
+    counts,
+    kept,
+    status,
+    level,
+    kv_heads,
+    rows,
+    clusters,
+    capacity,
+    splits,
+    max_chunks,
+    list_size,
+    window_start,
+    window_end,
+    HAS_IDS: tl.constexpr,
+    NORMALISED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr,
+    CHUNK_SIZE: tl.constexpr,
+    LOG_CHUNK: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    chunk = tl.program_id(0)
+    problem = tl.program_id(1)
+    head = problem % kv_heads
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    count = clusters
+    if HAS_IDS:
+        count = tl.load(id_counts + problem)
+    last_chunk = tl.maximum(tl.cdiv(count, CHUNK_SIZE), 1) - 1
+    if chunk <= last_chunk:
+        row = tl.arange(0, BLOCK_R)
+        index = chunk * CHUNK_SIZE + tl.arange(0, CHUNK_SIZE)
+        inside = index < count
+        score = tl.load(
+            logits + (problem.to(tl.int64) * rows + row[:, None]) * capacity + index[None, :],
+            mask=(row < rows)[:, None] & inside[None, :],
+            other=float("-inf"),
+        )
+        if not NORMALISED:
+            piece = tl.arange(0, BLOCK_SPLITS)
+            where_part = (problem * rows + row[:, None]) * splits + piece[None, :]
+            part_mask = (row < rows)[:, None] & (piece < splits)[None, :]
+            maxima = tl.load(part_max + where_part, mask=part_mask, other=float("-inf"))
+            sums = tl.load(part_sum + where_part, mask=part_mask, other=0.0)
+            top = tl.max(maxima, axis=1)
+            top = tl.where(top == float("-inf"), 0.0, top)
+            total = tl.sum(sums * tl.exp(maxima - top[:, None]), axis=1)
+            score -= (top + tl.log(tl.where(total > 0, total, 1.0)))[:, None]
+        peak = tl.max(score, axis=0)
+        safe_peak = tl.where(peak == float("-inf"), 0.0, peak)
+        if BLOCK_R > 1:
+            mean = tl.sum(tl.exp(score - safe_peak[None, :]), axis=0) / rows
+            peak = safe_peak + tl.log(mean)
+
+        threshold = tl.load(log_thresholds + level)
+        cluster = index
+        if HAS_IDS:
+            cluster = tl.load(ids + problem.to(tl.int64) * capacity + index, mask=inside, other=0)
+        first = tl.load(offsets + head * (clusters + 1) + cluster, mask=inside, other=0)
+        end = tl.load(offsets + head * (clusters + 1) + cluster + 1, mask=inside, other=0)
+        size = tl.where(peak > threshold, end - first, 0)
+        runs = (size + (WIDTH - 1)) // WIDTH
+        ends = tl.cumsum(runs, axis=0)
+        begins = ends - runs
+        chunk_runs = tl.sum(runs, axis=0)
+        chunk_children = tl.sum(size, axis=0)
+
+        done = tl.full([], 1, tl.int64) << 62
+        low = (tl.full([], 1, tl.int64) << 31) - 1
+        words = status + problem * max_chunks
+        tl.atomic_xchg(
+            words + chunk, done | (chunk_runs.to(tl.int64) << 31) | chunk_children.to(tl.int64), sem="relaxed"
+        )
+        before = tl.arange(0, BLOCK_CHUNKS)
+        word = tl.load(words + before, mask=before < chunk, other=done, volatile=True)
+        while tl.min(word, axis=0) < done:
+            word = tl.load(words + before, mask=before < chunk, other=done, volatile=True)
+        place = tl.sum((word >> 31) & low, axis=0)
+        list_base = entries + problem.to(tl.int64) * list_size + place
+
+        for slot_start in range(0, chunk_runs, SLOTS):
+            slot = slot_start + tl.arange(0, SLOTS)
+            owner = tl.zeros([SLOTS], tl.int32)
+            for bit in tl.static_range(LOG_CHUNK):
+                passed = tl.gather(ends, owner + ((CHUNK_SIZE >> (bit + 1)) - 1), 0) <= slot
+                owner += passed.to(tl.int32) * (CHUNK_SIZE >> (bit + 1))
+            offset = (slot - tl.gather(begins, owner, 0)) * WIDTH
+            entry = tl.gather(first, owner, 0) + offset
+            if WIDTH > 1:
+                entry = entry * 16 + tl.minimum(tl.gather(size, owner, 0) - offset, WIDTH)
+            tl.store(list_base + slot, entry, mask=slot < chunk_runs)
+
+        if chunk == last_chunk:
+            window_runs = tl.cdiv(window_end - window_start, WIDTH)
+            for slot_start in range(0, window_runs, SLOTS):
+                slot = slot_start + tl.arange(0, SLOTS)
+                entry = window_start + slot * WIDTH
+                if WIDTH > 1:
+                    entry = entry * 16 + tl.minimum(window_end - entry, WIDTH)
+                tl.store(list_base + chunk_runs + slot, entry, mask=slot < window_runs)
+            tl.store(counts + problem, (place + chunk_runs + window_runs).to(tl.int32))
+            tl.store(kept + problem, (tl.sum(word & low, axis=0) + chunk_children).to(tl.int32))
+
+
+def select_clusters(
+    scores: Scores,
+    status: Tensor,
+    offsets: Tensor,
+    children: int,
+    log_thresholds: Tensor,
+    level: int,
+    window: tuple[int, int],
+    width: int,
+    ids: Tensor | None = None,
+    id_counts: Tensor | None = None,
+    *,
+    slots: int = 512,
+    warps: int = 4,
+) -> WorkList:
+    """The children of every cluster whose score is above the level's threshold, then the window.
+
+    Args:
+        scores: of this level.
+        status: [B * Hk * chunks_of(capacity)] int64, zero.
+        offsets: [Hk, K + 1] int32 CSR.
+        children: most children that the clusters of a head have together.
+        log_thresholds: [levels] float32 on the device; `level` picks one.
+        window: [start, end) of children appended to every list; empty on coarse levels.
+        width: children per entry, at most 8.
+        ids, id_counts: as given to the scoring of this level.
+    """
+    problems, rows, capacity = scores.logits.shape
+    kv_heads, clusters = offsets.shape[0], offsets.shape[1] - 1
+    splits = 1 if scores.part_max is None else scores.part_max.shape[2]
+    chunks = chunks_of(capacity)
+    list_size = list_capacity(children, clusters, window[1] - window[0], width)
+    entries = torch.empty(problems, list_size, dtype=torch.int32, device=offsets.device)
+    counts, kept = torch.empty(2, problems, dtype=torch.int32, device=offsets.device)
+    _select[(chunks, problems)](
+        scores.logits,
+        scores.part_max,
+        scores.part_sum,
+        offsets,
+        ids,
+        id_counts,
+        log_thresholds,
+        entries,
+        counts,
+        kept,
+        status,
+        level,
+        kv_heads,
+        rows,
+        clusters,
+        capacity,
+        splits,
+        chunks,
+        list_size,
+        window[0],
+        window[1],
+        HAS_IDS=ids is not None,
+        NORMALISED=scores.part_max is None,
+        WIDTH=width,
+        BLOCK_R=triton.next_power_of_2(rows),
+        BLOCK_SPLITS=triton.next_power_of_2(splits),
+        BLOCK_CHUNKS=triton.next_power_of_2(chunks),
+        CHUNK_SIZE=CHUNK,
+        LOG_CHUNK=CHUNK.bit_length() - 1,
+        SLOTS=slots,
+        PDL=dev.has_dependent_launch(offsets.device),
+        num_warps=warps * (1 if rows <= 4 else 2),
+        **dev.launch_options(offsets.device),
+    )
+    return WorkList(entries, counts, kept, width)
