@@ -1,0 +1,306 @@
+"""A fixed context on disk: a folder of safetensors and a manifest, written whole or not at all.
+
+    manifest.json             format, model, tokenizer, settings, files, seam, and each tensor's sha256
+    context.safetensors       token ids and threshold curves
+    layer-000.safetensors     one file per decoder layer
+    text.txt                  the prefix as a string
+
+Nothing in it is code, and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pydantic
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from squeezed.calibration import ThresholdCurves
+from squeezed.config import BuildConfig
+from squeezed.context import FixedContext, SlidingTail
+from squeezed.errors import InputError
+from squeezed.ops.layout import ClusteredKeys, ClusterLevel
+from squeezed.template import Seam
+from squeezed.text import Part
+
+FORMAT = 1
+MANIFEST, TEXT, CONTEXT = "manifest.json", "text.txt", "context.safetensors"
+
+
+class _Strict(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class _File(_Strict):
+    bytes: int
+    tensors: dict[str, str]  # name -> sha256
+
+
+class _Layer(_Strict):
+    file: str
+    clustered: int | None = None
+    levels: int | None = None
+    sliding_window: int | None = None
+
+
+class Manifest(_Strict):
+    """What stands in manifest.json; unknown or missing fields are refused."""
+
+    format: int
+    created: str
+    squeezed: str
+    model: dict[str, str]
+    tokenizer: str
+    config: BuildConfig
+    tokens: int
+    parts: list[Part]
+    seam: Seam
+    layers: list[_Layer]
+    text_sha256: str
+    files: dict[str, _File]
+
+
+def save(context: FixedContext, folder: Path, replace_existing: bool = False) -> None:
+    """Write `context` to `folder`: under a temporary name first, then renamed.
+
+    Raises:
+        InputError: the folder exists, can't be written, or the disk is full.
+    """
+    with prepare(folder, replace_existing) as partial:
+        write(context, partial)
+
+
+@contextmanager
+def prepare(folder: Path, replace_existing: bool = False) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` if the block ends well, and vanishes if it does not.
+
+    Entering it first shows early, before any long work, that the place can be written to.
+    """
+    folder = folder.absolute()
+    if folder.exists() and not replace_existing:
+        if not folder.is_dir() or any(folder.iterdir()):
+            raise InputError(f"{folder} exists already; pass --force to replace it, or choose another folder")
+    elif folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise InputError(f"{folder} exists and is not a fixed context; choose another folder")
+    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
+        partial.mkdir()
+    except OSError as error:
+        raise InputError(f"{folder} can't be written: {error.strerror}; choose another folder") from error
+    try:
+        yield partial
+        _put_in_place(partial, folder)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(f"the disk of {folder} is full; free some space and build again") from error
+        raise InputError(f"{folder} can't be written: {error.strerror}; choose another folder") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise InputError unless the disk under `folder` has `needed` bytes free."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise InputError(
+            f"the context needs {needed:,} bytes on the disk of {folder}, which has {free:,} free; free some space"
+        )
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What killed builds of the same folder left behind; a build that still runs keeps its own."""
+    for leftover in folder.parent.glob(f".{folder.name}.partial-*"):
+        pid = leftover.name.rpartition("-")[2]
+        if not pid.isdigit() or int(pid) == os.getpid() or not psutil.pid_exists(int(pid)):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
+    for path in partial.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    if folder.exists() and any(folder.iterdir()):
+        old = folder.parent / f".{folder.name}.partial-old-{os.getpid()}"
+        folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        partial.rename(folder)
+    directory = os.open(folder.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def write(context: FixedContext, folder: Path) -> None:
+    """Write all files of `context` into the existing, empty `folder`."""
+    from squeezed import __version__
+
+    files: dict[str, _File] = {}
+    layers: list[_Layer] = []
+    for i, layer in enumerate(context.layers):
+        name = f"layer-{i:03d}.safetensors"
+        files[name] = _write_tensors(folder / name, _layer_tensors(layer))
+        if isinstance(layer, ClusteredKeys):
+            layers.append(_Layer(file=name, clustered=layer.clustered, levels=len(layer.levels)))
+        else:
+            layers.append(_Layer(file=name, sliding_window=layer.sliding_window))
+    curves = context.curves
+    files[CONTEXT] = _write_tensors(
+        folder / CONTEXT,
+        {
+            "ids": context.ids,
+            "sparsities": curves.sparsities,
+            "query_counts": curves.query_counts,
+            "log_thresholds": curves.log_thresholds,
+        },
+    )
+    text = context.text.encode()
+    (folder / TEXT).write_bytes(text)
+    manifest = Manifest(
+        format=FORMAT,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        squeezed=__version__,
+        model=context.model,
+        tokenizer=context.tokenizer,
+        config=context.config,
+        tokens=context.tokens,
+        parts=list(context.parts),
+        seam=context.seam,
+        layers=layers,
+        text_sha256=hashlib.sha256(text).hexdigest(),
+        files=files,
+    )
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1))
+
+
+def _layer_tensors(layer: ClusteredKeys | SlidingTail) -> dict[str, Tensor]:
+    tensors = {"keys": layer.keys, "values": layer.values}
+    if isinstance(layer, ClusteredKeys):
+        tensors["positions"] = layer.positions
+        for i, level in enumerate(layer.levels):
+            tensors |= {f"centroids.{i}": level.centroids, f"sizes.{i}": level.sizes, f"offsets.{i}": level.offsets}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> _File:
+    save_file(tensors, path)
+    return _File(bytes=path.stat().st_size, tensors={name: _sha256(tensor) for name, tensor in tensors.items()})
+
+
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the artefact in `folder`.
+
+    Raises:
+        InputError: not an artefact, a newer format, or a damaged manifest.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise InputError(f"{folder} is not a fixed context (it has no {MANIFEST}); make one with: squeeze build")
+    try:
+        raw: Any = json.loads(path.read_text())
+        found = raw["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({type(error).__name__}); build the context again") from error
+    if found != FORMAT:
+        raise InputError(
+            f"{folder} has format {found}, and this version reads format {FORMAT}; "
+            "update squeezed-attention, or build the context again"
+        )
+    try:
+        return Manifest.model_validate(raw)
+    except (pydantic.ValidationError, InputError) as error:
+        where = ".".join(map(str, error.errors()[0]["loc"])) if isinstance(error, pydantic.ValidationError) else error
+        raise InputError(f"{path} is damaged (at {where}); build the context again") from error
+
+
+def load(folder: Path, verify: bool = True) -> FixedContext:
+    """Map the artefact in `folder` into memory.
+
+    Args:
+        verify: read everything once and compare each tensor with its checksum.
+
+    Raises:
+        InputError: not an artefact, a newer format, damaged or truncated; says which file and tensor.
+    """
+    manifest = read_manifest(folder)
+    try:
+        text = (folder / TEXT).read_bytes()
+    except OSError as error:
+        raise InputError(f"{folder / TEXT} can't be read ({error.strerror}); build the context again") from error
+    if hashlib.sha256(text).hexdigest() != manifest.text_sha256:
+        raise InputError(f"{folder / TEXT} is damaged: its checksum differs; build the context again")
+    tensors = {name: _read_tensors(folder / name, file, verify) for name, file in manifest.files.items()}
+    try:
+        layers = tuple(_layer(entry, tensors[entry.file]) for entry in manifest.layers)
+        found = tensors[CONTEXT]
+        curves = ThresholdCurves(found["sparsities"], found["query_counts"], found["log_thresholds"])
+        ids = found["ids"]
+    except KeyError as error:
+        raise InputError(f"{folder} is damaged: {error} is missing from its manifest; build the context again") from error
+    return FixedContext(
+        layers=layers,
+        curves=curves,
+        ids=ids,
+        seam=manifest.seam,
+        parts=tuple(manifest.parts),
+        text=text.decode(),
+        config=manifest.config,
+        model=manifest.model,
+        tokenizer=manifest.tokenizer,
+    )
+
+
+def _read_tensors(path: Path, file: _File, verify: bool) -> dict[str, Tensor]:
+    if path.name != Path(path.name).name or not path.is_file():
+        raise InputError(f"{path} is missing; build the context again")
+    if path.stat().st_size != file.bytes:
+        raise InputError(
+            f"{path} is {path.stat().st_size:,} bytes long, expected {file.bytes:,}: it was cut short or changed; "
+            "build the context again"
+        )
+    try:
+        with safe_open(path, framework="pt", device="cpu") as handle:
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged: {str(error).splitlines()[0]}; build the context again") from error
+    if tensors.keys() != file.tensors.keys():
+        raise InputError(f"{path} does not hold the tensors that its manifest lists; build the context again")
+    if verify:
+        for name, tensor in tensors.items():
+            if _sha256(tensor) != file.tensors[name]:
+                raise InputError(f"{path} is damaged: the checksum of {name!r} differs; build the context again")
+    return tensors
+
+
+def _layer(entry: _Layer, tensors: dict[str, Tensor]) -> ClusteredKeys | SlidingTail:
+    if entry.clustered is None or entry.levels is None:
+        return SlidingTail(tensors["keys"], tensors["values"], entry.sliding_window or 0)
+    levels = tuple(
+        ClusterLevel(tensors[f"centroids.{i}"], tensors[f"sizes.{i}"], tensors[f"offsets.{i}"])
+        for i in range(entry.levels)
+    )
+    return ClusteredKeys(tensors["keys"], tensors["values"], tensors["positions"], levels, entry.clustered)

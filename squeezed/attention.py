@@ -1,0 +1,193 @@
+"""The attention function that transformers calls: select, attend, merge; and how it gets there without a fork."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from squeezed.cache import FixedLayer, PrefillLayer, Usage
+from squeezed.models import attention_modules, plan_layers
+from squeezed.ops import backend
+
+NAME = "squeezed"
+_OWN_LOGITS = 2**25  # logits over own tokens held at once: 128 MB
+
+
+def squeezed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    squeezed_layer: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it, [B, Hq, M, D] -> ([B, M, Hq, D], None).
+
+    On a :class:`FixedLayer`, `key` and `value` hold the own tokens only, and the fixed part comes with the layer. On any
+    other cache it is plain scaled dot product attention, so a model may stay attached while it does other work.
+    """
+    if not isinstance(squeezed_layer, FixedLayer):
+        if isinstance(squeezed_layer, PrefillLayer):
+            squeezed_layer.observe(query)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    fixed = attend_fixed(query, squeezed_layer, real_tokens(attention_mask, query), scale)
+    own = attend_own(query, key, value, attention_mask, scale)
+    output, _ = backend(query).merge_attention([fixed, own])
+    return output.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+def real_tokens(attention_mask: Tensor | None, query: Tensor) -> list[slice] | None:
+    """Which of each row's queries are not left padding; None when all are."""
+    if attention_mask is None or query.shape[0] == 1 or query.shape[2] == 1:
+        return None
+    # A real token sees itself: the diagonal that ends in the mask's lower right corner.
+    sees_itself = attention_mask[:, 0].diagonal(attention_mask.shape[-1] - query.shape[2], dim1=1, dim2=2)
+    padding = (~sees_itself).sum(-1).tolist()
+    return [slice(count, query.shape[2]) for count in padding] if any(padding) else None
+
+
+def attend_fixed(query: Tensor, layer: FixedLayer, real: list[slice] | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of all queries to the fixed part: output [B, Hq, M, D] float32 and lse [B, Hq, M].
+
+    Queries of a question are taken in blocks that share a selection. Blocks start at each question's own first token,
+    never at its padding, so that a question's answer does not depend on its batch neighbours.
+    """
+    queries, block = query.shape[2], layer.selection.block
+    if real is None and queries <= block:
+        return _attend_block(query, layer, scale)
+    output = query.new_zeros(query.shape, dtype=torch.float32)
+    lse = query.new_full(query.shape[:3], float("-inf"), dtype=torch.float32)
+    for row in range(query.shape[0]):
+        span = real[row] if real else slice(0, queries)
+        for first in range(span.start, span.stop, block):
+            part = (slice(row, row + 1), slice(None), slice(first, min(first + block, span.stop)))
+            output[part], lse[part] = _attend_block(query[part], layer, scale)
+    return output, lse
+
+
+def _attend_block(query: Tensor, layer: FixedLayer, scale: float) -> tuple[Tensor, Tensor]:
+    """One selection for all M queries: score and select level by level, coarsest first, then attend."""
+    ops, index, selection = backend(query), layer.index, layer.selection
+    window = (index.clustered, layer.window_end)
+    finest = index.levels[0]
+    if selection.curves is None or selection.sparsity == 0:
+        _record(layer, query, None, [])
+        return ops.attend_selected(query, index.keys, index.values, finest.offsets, None, window, scale)
+    thresholds = selection.curves.at(selection.sparsity, query.shape[2])
+    allowed: Tensor | None = None
+    seen: list[Tensor | None] = []
+    for level in reversed(range(len(index.levels))):
+        found = index.levels[level]
+        seen.append(allowed)
+        scores = ops.score_centroids(query, found.centroids, found.sizes, scale, allowed)
+        selected = ops.select_clusters(scores, thresholds[level])
+        if level > 0:
+            allowed = ops.expand_to_children(selected, found.offsets, index.levels[level - 1].shape[1])
+    _record(layer, query, ops.kept_keys(selected, finest.sizes), seen)
+    return ops.attend_selected(query, index.keys, index.values, finest.offsets, selected, window, scale)
+
+
+def _record(layer: FixedLayer, query: Tensor, kept: Tensor | None, seen: list[Tensor | None]) -> None:
+    """Add what a block read; `seen` is the centroids looked at per level, coarsest first (None is all of them)."""
+    index = layer.index
+    batch, kv_heads = query.shape[0], index.keys.shape[0]
+    row_bytes = index.keys.shape[-1] * index.keys.element_size()
+    offered = batch * kv_heads * index.clustered
+    total = offered if kept is None else kept.sum()
+    window = batch * kv_heads * (layer.window_end - index.clustered)
+    centroids: Tensor | int = 0
+    for allowed, level in zip(seen, reversed(index.levels), strict=False):  # dense looks at no centroids
+        centroids = centroids + (batch * kv_heads * level.shape[1] if allowed is None else allowed.sum())
+    usage = Usage(
+        kept=total,
+        offered=offered,
+        bytes_read=(2 * (total + window) + centroids) * row_bytes,
+        bytes_full=2 * (offered + window) * row_bytes,
+    )
+    if query.shape[2] > 1:
+        layer.prefill = layer.prefill + usage
+    else:
+        layer.decode = layer.decode + usage
+
+
+def attend_own(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Dense causal attention to the own tokens, with its log-sum-exp.
+
+    query [B, Hq, M, D]; key, value [B, Hk, L, D]; attention_mask [B, 1, M, L] bool. A padding query sees nothing: its
+    output is 0 and its lse -inf.
+    """
+    batch, q_heads, queries, dim = query.shape
+    kv_heads, length = key.shape[1:3]
+    group = q_heads // kv_heads
+    grouped = query.view(batch, kv_heads, group, queries, dim).float() * scale
+    wide_keys, wide_values = key.float().unsqueeze(2), value.float().unsqueeze(2)
+    outputs, lses = [], []
+    step = max(1, _OWN_LOGITS // (batch * q_heads * length))
+    for first in range(0, queries, step):
+        logits = grouped[:, :, :, first : first + step] @ wide_keys.transpose(-1, -2)
+        if attention_mask is not None:
+            logits = logits.masked_fill(~attention_mask[:, :, None, first : first + step], float("-inf"))
+        lse = logits.logsumexp(-1)
+        outputs.append((logits - lse.nan_to_num(neginf=0.0).unsqueeze(-1)).exp() @ wide_values)
+        lses.append(lse)
+    output, lse = torch.cat(outputs, dim=3), torch.cat(lses, dim=3)
+    return output.reshape(batch, q_heads, queries, dim), lse.reshape(batch, q_heads, queries)
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """transformers' boolean mask; always explicit when it belongs to the own tokens after a fixed context."""
+    if not isinstance(kwargs.get("kv_offset", 0), int) or kwargs.get("kv_offset", 0) > 0:
+        kwargs["allow_is_causal_skip"] = False
+    return sdpa_mask(*args, **kwargs)
+
+
+AttentionInterface.register(NAME, squeezed_attention)
+AttentionMaskInterface.register(NAME, _mask)
+
+
+def _hand_over_layer(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    cache = kwargs.get("past_key_values")
+    if cache is not None and module.layer_idx < len(cache.layers):
+        layer = cache.layers[module.layer_idx]
+        if isinstance(layer, FixedLayer | PrefillLayer):
+            kwargs["squeezed_layer"] = layer
+    return args, kwargs
+
+
+@contextmanager
+def attached(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Let `model` understand squeezed caches for the length of a with block; nested use is fine.
+
+    Other caches keep working inside the block, with transformers' own scaled dot product attention.
+
+    Raises:
+        InputError: the model can't be squeezed.
+    """
+    before = model.config._attn_implementation
+    if before == NAME:
+        yield model
+        return
+    plan_layers(model)
+    hooks = [m.register_forward_pre_hook(_hand_over_layer, with_kwargs=True) for m in attention_modules(model)]
+    model.set_attn_implementation(NAME)
+    try:
+        yield model
+    finally:
+        model.set_attn_implementation(before)
+        for hook in hooks:
+            hook.remove()

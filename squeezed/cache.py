@@ -1,0 +1,178 @@
+"""The transformers cache of a question: a shared, read-only fixed part and the user's own growing part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from squeezed.calibration import ThresholdCurves
+from squeezed.ops.layout import ClusteredKeys
+
+
+@dataclass
+class Usage:
+    """What one cache has read of its layers' fixed contexts; counts stay on the device until they are asked for."""
+
+    kept: Tensor | int = 0
+    offered: int = 0
+    bytes_read: Tensor | int = 0
+    bytes_full: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.kept + other.kept,
+            self.offered + other.offered,
+            self.bytes_read + other.bytes_read,
+            self.bytes_full + other.bytes_full,
+        )
+
+    @property
+    def kept_fraction(self) -> float:
+        """Share of the clustered keys that were attended; 1 minus the realised sparsity."""
+        return float(self.kept) / self.offered if self.offered else 1.0
+
+    @property
+    def kv_budget(self) -> float:
+        """Bytes read over bytes of the full KV: kept keys and values, the window, and the centroids looked at."""
+        return float(self.bytes_read) / self.bytes_full if self.bytes_full else 1.0
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How a question selects: thresholds for a sparsity, or everything.
+
+    Attributes:
+        curves: None attends to everything (dense).
+        sparsity: share of the clustered keys to leave out.
+        block: most queries of a question that share one selection.
+    """
+
+    curves: ThresholdCurves | None
+    sparsity: float = 0.0
+    block: int = 256
+
+
+@dataclass(eq=False)
+class FixedLayer(DynamicLayer):
+    """One full-attention layer: its clustered fixed context, shared by the batch, plus the own tokens.
+
+    Attributes:
+        index: the fixed context of this layer.
+        selection: how to select from it.
+        window_end: fixed tokens in use, N less those that tokenise differently before this question.
+        prefill, decode: what was read, by queries of the question and by generated tokens.
+    """
+
+    index: ClusteredKeys
+    selection: Selection
+    window_end: int
+    prefill: Usage = field(default_factory=Usage)
+    decode: Usage = field(default_factory=Usage)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    @property
+    def own_length(self) -> int:
+        return super().get_seq_length()
+
+    def get_seq_length(self) -> int:
+        return self.window_end + self.own_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        # The mask covers the own tokens only: every fixed token is visible to every own one.
+        return self.own_length + query_length, self.window_end
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.own_length > 0:
+            super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.own_length > 0:
+            super().batch_select_indices(indices)
+
+
+class FixedSlidingLayer(DynamicSlidingWindowLayer):
+    """A sliding-window layer: it stays dense, and starts from the fixed context's last tokens that it can still see.
+
+    The tail is at most the window long; it is repeated for each question of a batch, as transformers does itself.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, fixed_tokens: int, sliding_window: int) -> None:
+        super().__init__(sliding_window=sliding_window)
+        self._tail = (keys.unsqueeze(0), values.unsqueeze(0))
+        self.cumulative_length = fixed_tokens
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        batch = key_states.shape[0]
+        self.keys, self.values = (tail.expand(batch, -1, -1, -1) for tail in self._tail)
+
+
+class SqueezedCache(Cache):
+    """A question's cache, to be passed to `generate` as `past_key_values` on an attached model.
+
+    Make it with :meth:`squeezed.FixedContext.cache`. The fixed part is never copied.
+    """
+
+    def __init__(self, layers: list[FixedLayer | FixedSlidingLayer]) -> None:
+        super().__init__(layers=layers)
+
+    @property
+    def fixed_layers(self) -> list[FixedLayer]:
+        return [layer for layer in self.layers if isinstance(layer, FixedLayer)]
+
+    @property
+    def fixed_tokens(self) -> int:
+        """Tokens of the fixed context in use."""
+        return self.fixed_layers[0].window_end
+
+    @property
+    def prefill_usage(self) -> Usage:
+        """What the question's own tokens read of the fixed context."""
+        return sum((layer.prefill for layer in self.fixed_layers), Usage())
+
+    @property
+    def decode_usage(self) -> Usage:
+        """What the generated tokens read of the fixed context."""
+        return sum((layer.decode for layer in self.fixed_layers), Usage())
+
+
+class PrefillLayer(DynamicLayer):
+    """A full-attention layer while the fixed context is prefilled: allocated once, and it keeps the last queries."""
+
+    def __init__(self, tokens: int, window: int) -> None:
+        super().__init__()
+        self.tokens, self.window = tokens, window
+        self.filled = 0
+        self.queries: Tensor | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = key_states.new_empty(*key_states.shape[:2], self.tokens, key_states.shape[-1])
+        self.values = value_states.new_empty(*value_states.shape[:2], self.tokens, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = self.filled + key_states.shape[2]
+        self.keys[:, :, self.filled : end] = key_states
+        self.values[:, :, self.filled : end] = value_states
+        self.filled = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_seq_length(self) -> int:
+        return self.filled
+
+    def observe(self, query: Tensor) -> None:
+        """Keep the last `window` queries, [1, q_heads, chunk, head_dim] at a time."""
+        recent = query[:, :, -self.window :]
+        if self.queries is not None:
+            recent = torch.cat([self.queries, recent], dim=2)[:, :, -self.window :]
+        self.queries = recent.clone()

@@ -1,0 +1,169 @@
+"""From the observation window's queries to threshold curves (paper section 3.2, "calibration").
+
+One log threshold per level serves the whole model at a sparsity, so heads that need more keys keep more. Averaging
+scores over many queries flattens them, so one curve can't serve both a generated token and a question's prefill: curves
+are kept for several numbers of queries that share a selection.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from squeezed.ops import reference
+from squeezed.ops.layout import ClusteredKeys
+
+# Where the curve is stored. Level 1 keeps half the keys whenever 70% or more is dropped in the end.
+SPARSITIES = (
+    0.0,
+    *(i / 20 for i in range(1, 14)),
+    0.7,
+    0.75,
+    0.8,
+    0.85,
+    0.9,
+    0.925,
+    0.95,
+    0.965,
+    0.98,
+    0.99,
+    0.995,
+    1.0,
+)
+QUERY_COUNTS = (1, 4, 16, 64)
+_COARSE_SPARSITY = 0.5  # paper section 3.3: level 1 keeps half the keys
+_COARSE_FULL = 0.7  # the lowest sparsity of the paper; below it level 1 drops proportionally less, nothing at 0
+# Histogram of log scores. A quantile is off by at most one bin: 1/64 in log score, under 0.2 points of sparsity on the
+# real contexts of docs/results.
+_LOWEST, _BINS_PER_UNIT = -256.0, 64
+_BINS = int(-_LOWEST * _BINS_PER_UNIT) + 1
+
+
+@dataclass(frozen=True)
+class ThresholdCurves:
+    """Log score thresholds of the whole model over sparsity.
+
+    Attributes:
+        sparsities: [P] float64 ascending from 0 to 1.
+        query_counts: [C] int64 ascending, queries that share a selection.
+        log_thresholds: [levels, C, P] float64, finest level first; -inf at sparsity 0, +inf at 1.
+    """
+
+    sparsities: Tensor
+    query_counts: Tensor
+    log_thresholds: Tensor
+
+    def at(self, sparsity: float, queries: int) -> tuple[float, ...]:
+        """Log threshold of each level, finest first, interpolated in sparsity and in the logarithm of `queries`."""
+        if sparsity <= 0:
+            return (-math.inf,) * self.log_thresholds.shape[0]
+        if sparsity >= 1:
+            return (math.inf,) * self.log_thresholds.shape[0]
+        counts = self.query_counts.tolist()
+        above = next((i for i, count in enumerate(counts) if count >= queries), len(counts) - 1)
+        below = above if counts[above] <= queries else above - 1
+        share = 0.0
+        if above != below:
+            share = math.log(queries / counts[below]) / math.log(counts[above] / counts[below])
+        return tuple(
+            (1 - share) * _interpolate(self.sparsities, curves[below], sparsity)
+            + share * _interpolate(self.sparsities, curves[above], sparsity)
+            for curves in self.log_thresholds
+        )
+
+
+def _interpolate(xs: Tensor, ys: Tensor, x: float) -> float:
+    """Linear between grid points; between a finite and an infinite one, the finite one."""
+    right = int(torch.searchsorted(xs, x))
+    left = right if float(xs[right]) == x else right - 1
+    y_left, y_right = float(ys[left]), float(ys[right])
+    if left == right or not math.isfinite(y_right):
+        return y_left
+    if not math.isfinite(y_left):
+        return y_right
+    return y_left + (y_right - y_left) * (x - float(xs[left])) / float(xs[right] - xs[left])
+
+
+def coarse_sparsity(sparsity: float, level: int, levels: int) -> float:
+    """Share of the keys that `level` (1 is the finest coarse one) and all coarser ones drop at a final sparsity."""
+    own = _COARSE_SPARSITY * (levels - level) / (levels - 1)
+    return own * min(1.0, sparsity / _COARSE_FULL)
+
+
+def calibrate(
+    layers: Sequence[ClusteredKeys],
+    queries: Sequence[Tensor],
+    scales: Sequence[float],
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> ThresholdCurves:
+    """Quantiles of the scores of all layers, heads and keys together, for every sparsity and number of queries.
+
+    Levels are calibrated coarsest first, each on what the coarser thresholds leave, as at question time. One histogram
+    of log scores per curve is all that is kept, whatever the length.
+
+    Args:
+        layers: the squeezed layers' indices.
+        queries: per layer [q_heads, w, head_dim], queries of the observation window, after RoPE.
+        scales: per layer, the attention module's scaling.
+        on_progress: called with (done, total) after each layer of each pass.
+    """
+    levels = len(layers[0].levels)
+    counts = sorted({min(count, queries[0].shape[1]) for count in QUERY_COUNTS})
+    curves = torch.full((levels, len(counts), len(SPARSITIES)), -math.inf, dtype=torch.float64)
+    curves[..., -1] = math.inf
+    done, total = 0, levels * len(counts) * len(layers)
+    for level in reversed(range(levels)):
+        # Sparsities with the same coarser thresholds share one pass over the scores.
+        for c, count in enumerate(counts):
+            groups: dict[tuple[float, ...], list[int]] = {}
+            for p in range(1, len(SPARSITIES) - 1):
+                groups.setdefault(tuple(curves[level + 1 :, c, p].tolist()), []).append(p)
+            histograms = {coarser: torch.zeros(_BINS, dtype=torch.float64) for coarser in groups}
+            for layer, layer_queries, scale in zip(layers, queries, scales, strict=True):
+                blocks = _blocks(layer_queries, count)
+                for coarser, histogram in histograms.items():
+                    histogram += _histogram(layer, level, blocks, scale, coarser)
+                done += 1
+                on_progress(done, total)
+            for coarser, members in groups.items():
+                for p in members:
+                    target = SPARSITIES[p] if level == 0 else coarse_sparsity(SPARSITIES[p], level, levels)
+                    curves[level, c, p] = _quantile(histograms[coarser], target)
+    return ThresholdCurves(torch.tensor(SPARSITIES, dtype=torch.float64), torch.tensor(counts), curves)
+
+
+def _blocks(queries: Tensor, count: int) -> Tensor:
+    """[q_heads, w, D] -> [w // count, q_heads, count, D], the last tokens of the window."""
+    blocks = queries.shape[1] // count
+    kept = queries[:, queries.shape[1] - blocks * count :]
+    return kept.unflatten(1, (blocks, count)).transpose(0, 1)
+
+
+def _histogram(layer: ClusteredKeys, level: int, blocks: Tensor, scale: float, coarser: tuple[float, ...]) -> Tensor:
+    """Keys by log score on one level, given the thresholds of the coarser ones (finest of them first)."""
+    allowed: Tensor | None = None
+    for above in reversed(range(level + 1, len(layer.levels))):
+        found = layer.levels[above]
+        scores = reference.score_centroids(blocks, found.centroids, found.sizes, scale, allowed)
+        selected = reference.select_clusters(scores, coarser[above - level - 1])
+        allowed = reference.expand_to_children(selected, found.offsets, layer.levels[above - 1].shape[1])
+    own = layer.levels[level]
+    scores = reference.score_centroids(blocks, own.centroids, own.sizes, scale, allowed)
+    bins = ((scores.clamp(min=_LOWEST, max=0.0) - _LOWEST) * _BINS_PER_UNIT).long()
+    weights = own.sizes.expand_as(bins).double()
+    return torch.bincount(bins.flatten(), weights.flatten(), minlength=_BINS).cpu()
+
+
+def _quantile(histogram: Tensor, share: float) -> float:
+    """Log score below which `share` of the keys lie: a bin's lower edge, -inf if that is the first bin."""
+    cumulative = histogram.cumsum(0)
+    target = share * float(cumulative[-1])
+    first = int(torch.searchsorted(cumulative, target))
+    if first == 0:
+        return -math.inf
+    inside = (target - float(cumulative[first - 1])) / max(float(histogram[first]), 1e-300)
+    return _LOWEST + (first + inside) / _BINS_PER_UNIT

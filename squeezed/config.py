@@ -1,0 +1,77 @@
+"""Settings of each stage: frozen dataclasses, validated on construction."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from squeezed.errors import InputError
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise InputError(message)
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """How a fixed context is prepared.
+
+    Attributes:
+        clusters: finest clusters as a share of the clustered keys (paper: 5%).
+        levels: number of cluster levels; level 1 has clusters / 5 times as many clusters (paper: 1%), level 2 a fifth
+            of that again.
+        window: observation window w, the last tokens, which are never clustered and always attended (paper: 100).
+        chunk: tokens per prefill chunk; bounds memory, changes nothing else.
+        iterations: most Lloyd iterations of k-means.
+    """
+
+    clusters: float = 0.05
+    levels: int = 1
+    window: int = 100
+    chunk: int = 512
+    iterations: int = 20
+
+    def __post_init__(self) -> None:
+        _require(
+            0 < self.clusters <= 1,
+            f"clusters is {self.clusters}: expected a share of the keys above 0 and at most 1, for example 0.05",
+        )
+        _require(self.levels in (1, 2, 3), f"levels is {self.levels}: expected 1, 2 or 3")
+        _require(self.window >= 1, f"window is {self.window}: expected at least 1 token")
+        _require(self.chunk >= 1, f"chunk is {self.chunk}: expected at least 1 token")
+        _require(self.iterations >= 1, f"iterations is {self.iterations}: expected at least 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+PRESETS: dict[str, BuildConfig] = {"paper": BuildConfig()}
+
+
+def check_sparsity(sparsity: float) -> float:
+    """The sparsity itself if it is a share of the fixed context that can be left out.
+
+    Raises:
+        InputError: outside 0 to 1, or not a number.
+    """
+    if not 0.0 <= sparsity <= 1.0:
+        raise InputError(f"sparsity is {sparsity}: expected 0 (attend to everything) to 1 (only the window); try 0.9")
+    return float(sparsity)
+
+
+def check_device(device: str) -> str:
+    """A device name that torch can use here.
+
+    Raises:
+        InputError: not a device, or not present.
+    """
+    import torch
+
+    try:
+        parsed = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device is {device!r}: expected cpu or cuda; pass --device cpu") from error
+    if parsed.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("device is cuda, but torch finds no CUDA device here; pass --device cpu")
+    return str(parsed)

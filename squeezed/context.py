@@ -1,0 +1,296 @@
+"""The fixed context: prepared once, then asked as often as wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from squeezed import template
+from squeezed.cache import FixedLayer, FixedSlidingLayer, Selection, SqueezedCache
+from squeezed.calibration import ThresholdCurves, calibrate
+from squeezed.clustering import cluster_layer
+from squeezed.config import BuildConfig, check_sparsity
+from squeezed.errors import InputError
+from squeezed.models import attention_modules, max_positions, model_identity, tokenizer_identity
+from squeezed.ops.layout import ClusteredKeys
+from squeezed.prefill import prefill
+from squeezed.text import Part, locate_parts, read_files
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+@dataclass(frozen=True)
+class SlidingTail:
+    """The last tokens of a sliding-window layer, in text order: keys, values [kv_heads, tail, head_dim]."""
+
+    keys: Tensor
+    values: Tensor
+    sliding_window: int
+
+    def to(self, device: torch.device | str) -> SlidingTail:
+        return replace(self, keys=self.keys.to(device), values=self.values.to(device))
+
+
+@dataclass(frozen=True)
+class FixedContext:
+    """A text's keys and values, clustered and calibrated, for one model.
+
+    Attributes:
+        layers: one per decoder layer, in order.
+        curves: thresholds for every sparsity.
+        ids: [tokens] int64, the fixed context's token ids, template included.
+        seam: how questions join on.
+        parts: the files it was made of.
+        text: the prefix as a string.
+        config: how it was built.
+        model, tokenizer: whose it is, see :func:`squeezed.models.model_identity`.
+    """
+
+    layers: tuple[ClusteredKeys | SlidingTail, ...]
+    curves: ThresholdCurves
+    ids: Tensor
+    seam: template.Seam
+    parts: tuple[Part, ...]
+    text: str
+    config: BuildConfig
+    model: dict[str, str]
+    tokenizer: str
+
+    @classmethod
+    def build(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        files: Sequence[str | Path],
+        config: BuildConfig | None = None,
+        chat: bool = True,
+        on_progress: Progress = lambda stage, done, total: None,
+    ) -> FixedContext:
+        """Prefill, cluster and calibrate the text of `files`, in that order.
+
+        Args:
+            files: text files, joined in the order given.
+            config: None is the paper's.
+            chat: wrap the text in the model's chat template, as the beginning of the user's message.
+            on_progress: called with (stage, done, total) as work proceeds.
+
+        Raises:
+            InputError: unreadable files, a text too short or too long, a model that can't be squeezed.
+        """
+        text, parts = read_files(files)
+        return cls.from_text(model, tokenizer, text, config, chat, on_progress, parts)
+
+    @classmethod
+    def from_text(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        text: str,
+        config: BuildConfig | None = None,
+        chat: bool = True,
+        on_progress: Progress = lambda stage, done, total: None,
+        parts: Sequence[Part] = (),
+    ) -> FixedContext:
+        """Like :meth:`build`, for a text in memory."""
+        config = config or BuildConfig()
+        prefix, head = template.encode_prefix(tokenizer, text, chat)
+        tokens = len(prefix.ids)
+        _check_length(tokens, config)
+        done = 0
+
+        def on_chunk(count: int) -> None:
+            nonlocal done
+            done += count
+            on_progress("prefill", done, tokens)
+
+        modules = attention_modules(model)
+        layers: list[ClusteredKeys | SlidingTail] = []
+        queries: list[Tensor] = []
+        for i, layer in enumerate(prefill(model, prefix.ids, config.window, config.chunk, on_chunk)):
+            if layer.queries is None:
+                layers.append(SlidingTail(layer.keys.clone(), layer.values.clone(), layer.sliding_window or 0))
+            else:
+                layers.append(cluster_layer(layer.keys, layer.values, config))
+                queries.append(layer.queries)
+            on_progress("cluster", i + 1, len(modules))
+        squeezed = [layer for layer in layers if isinstance(layer, ClusteredKeys)]
+        scales = [_scale(m) for m, layer in zip(modules, layers, strict=True) if isinstance(layer, ClusteredKeys)]
+        curves = calibrate(squeezed, queries, scales, lambda done, total: on_progress("calibrate", done, total))
+        return cls(
+            layers=tuple(layers),
+            curves=curves,
+            ids=torch.tensor(prefix.ids),
+            seam=prefix.seam,
+            parts=tuple(locate_parts(parts, prefix.spans, head)),
+            text=prefix.text,
+            config=config,
+            model=model_identity(model),
+            tokenizer=tokenizer_identity(tokenizer),
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, template included."""
+        return len(self.ids)
+
+    @property
+    def squeezed_layers(self) -> list[ClusteredKeys]:
+        return [layer for layer in self.layers if isinstance(layer, ClusteredKeys)]
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the squeezed layers' keys and values."""
+        return sum(layer.num_bytes for layer in self.squeezed_layers)
+
+    def save(self, folder: str | Path, replace_existing: bool = False) -> None:
+        """Write to `folder`, whole or not at all. See :func:`squeezed.artifact.save`."""
+        from squeezed.artifact import save
+
+        save(self, Path(folder), replace_existing)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        model: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        verify: bool = True,
+    ) -> FixedContext:
+        """Map a saved context into memory and check that it belongs to `model` and `tokenizer`.
+
+        Raises:
+            InputError: damaged, of another format, or made with another model or tokenizer; says which.
+        """
+        from squeezed.artifact import load
+
+        context = load(Path(folder), verify)
+        if model is not None and tokenizer is not None:
+            context.check_belongs_to(model, tokenizer)
+            if model.device.type != "cpu":
+                context = context.to(model.device)
+        return context
+
+    def to(self, device: torch.device | str) -> FixedContext:
+        """The same context with its tensors on `device`."""
+        return replace(self, layers=tuple(layer.to(device) for layer in self.layers))
+
+    def check_belongs_to(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise InputError, naming the difference, unless this context was built with `model` and `tokenizer`."""
+        found = model_identity(model)
+        for key, what in (
+            ("type", "model type"),
+            ("config", "model configuration (hash)"),
+            ("weights", "model weights (fingerprint)"),
+            ("dtype", "dtype"),
+        ):
+            if found[key] != self.model[key]:
+                raise InputError(
+                    f"the context was built with another {what}: {self.model[key][:16]}, and this model has "
+                    f"{found[key][:16]}; load the model it was built with, or build it again with this one"
+                )
+        if tokenizer_identity(tokenizer) != self.tokenizer:
+            raise InputError(
+                "the context was built with another tokenizer; load the one it was built with, or build it again"
+            )
+
+    def cache(self, sparsity: float = 0.9, dense: bool = False, given_up: int = 0) -> SqueezedCache:
+        """A fresh cache for one question, or a batch of them, for the model's own `generate`.
+
+        Args:
+            sparsity: share of the clustered keys to leave out, 0 to 1.
+            dense: attend to everything without looking at centroids.
+            given_up: last fixed tokens not to use, see :meth:`inputs`.
+
+        Raises:
+            InputError: sparsity outside 0 to 1.
+        """
+        selection = Selection(None if dense else self.curves, check_sparsity(sparsity))
+        end = self.tokens - given_up
+        layers: list[FixedLayer | FixedSlidingLayer] = []
+        for layer in self.layers:
+            if isinstance(layer, ClusteredKeys):
+                layers.append(FixedLayer(layer, selection, end))
+            else:
+                stop = layer.keys.shape[1] - given_up
+                tail = slice(max(0, stop - layer.sliding_window + 1), stop)
+                layers.append(FixedSlidingLayer(layer.keys[:, tail], layer.values[:, tail], end, layer.sliding_window))
+        return SqueezedCache(layers)
+
+    def encode(
+        self, tokenizer: PreTrainedTokenizerBase, turns: Sequence[Sequence[template.Message]]
+    ) -> tuple[int, list[list[int]]]:
+        """Tokenise what follows the fixed context in each conversation.
+
+        Returns:
+            The number of last fixed tokens that are not common to all of them, and each one's tokens after those.
+
+        Raises:
+            InputError: the tokens differ so far back that they lie in the clusters.
+        """
+        encoded = [
+            template.encode_continuation(tokenizer, self.seam, template.continuation(tokenizer, self.seam, turn))
+            for turn in turns
+        ]
+        given_up = max(removed for removed, _ in encoded)
+        if given_up >= self.config.window:
+            raise InputError(
+                f"the last {given_up} tokens of the fixed context change with the question, more than its window of "
+                f"{self.config.window}; build it with a larger --window"
+            )
+        tail = self.ids[self.tokens - given_up :].tolist() if given_up else []
+        return given_up, [tail[: given_up - removed] + ids for removed, ids in encoded]
+
+    def inputs(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        questions: Sequence[str],
+        sparsity: float = 0.9,
+        dense: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> dict[str, Any]:
+        """Keyword arguments for `generate`: input_ids [B, L], attention_mask [B, fixed + L], past_key_values.
+
+        Several questions make a left-padded batch over the one shared context.
+        """
+        if not questions or any(not question.strip() for question in questions):
+            raise InputError("a question is empty; ask something")
+        given_up, ids = self.encode(tokenizer, [[{"role": "user", "content": q}] for q in questions])
+        return {**pad_left(ids, self.tokens - given_up, tokenizer, device), "past_key_values": self.cache(sparsity, dense, given_up)}
+
+    def room(self, model: PreTrainedModel) -> int | None:
+        """Tokens that fit after the fixed context; None if the model sets no limit."""
+        limit = max_positions(model)
+        return None if limit is None else limit - self.tokens
+
+
+def pad_left(
+    ids: Sequence[Sequence[int]], seen: int, tokenizer: PreTrainedTokenizerBase, device: torch.device | str
+) -> dict[str, Tensor]:
+    """input_ids [B, L] and an attention_mask [B, seen + L] that also covers the `seen` tokens already in the cache."""
+    length = max(map(len, ids))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    rows = torch.full((len(ids), length), pad)
+    mask = torch.ones(len(ids), seen + length, dtype=torch.int64)
+    for row, tokens in enumerate(ids):
+        rows[row, length - len(tokens) :] = torch.tensor(tokens)
+        mask[row, seen : seen + length - len(tokens)] = 0
+    return {"input_ids": rows.to(device), "attention_mask": mask.to(device)}
+
+
+def _check_length(tokens: int, config: BuildConfig) -> None:
+    needed = config.window + max(2, round(1 / config.clusters))
+    if tokens < needed:
+        raise InputError(
+            f"the text is {tokens} tokens long: expected at least {needed}, a window of {config.window} and one cluster; "
+            "a text this short needs no squeezing"
+        )
+
+
+def _scale(module: torch.nn.Module) -> float:
+    return float(getattr(module, "scaling", None) or module.head_dim**-0.5)  # type: ignore[operator, arg-type]

@@ -1,0 +1,201 @@
+"""Loading a causal language model and its tokenizer, and saying which ones can be squeezed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from squeezed.errors import InputError
+
+_SQUEEZED, _SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of each decoder layer.
+
+    Attributes:
+        squeezed: indices of the full-attention layers.
+        sliding: index -> window in tokens, for layers that stay dense.
+    """
+
+    squeezed: tuple[int, ...]
+    sliding: dict[int, int]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.squeezed) + len(self.sliding)
+
+
+def load_model(
+    name: str, device: str = "cpu", dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer from a local folder, a .gguf file, a hub name, or `demo`.
+
+    Args:
+        name: which model.
+        device: where to put it.
+        dtype: None is float32 on CPU (half precision is slower there) and the checkpoint's own elsewhere.
+
+    Raises:
+        InputError: not found, no weights, or an architecture that can't be squeezed.
+    """
+    source, options = _source(name)
+    precision: Any = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        _check_config(config)
+        loading = dict(options)
+        if "gguf_file" in options:
+            from transformers import GgufConfig
+
+            loading["quantization_config"] = GgufConfig(dequantize=True)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=precision, attn_implementation="sdpa", **loading)
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"model {name!r} can't be loaded: {reason}; expected a transformers folder with weights and a tokenizer, "
+            "a .gguf file, a hub name that can be reached, or demo"
+        ) from error
+    plan_layers(model)
+    return model.to(device).eval(), tokenizer
+
+
+def _source(name: str) -> tuple[str, dict[str, str]]:
+    if name == "demo":
+        from squeezed.demo.fetch import demo_model
+
+        return str(demo_model()), {}
+    path = Path(name).expanduser()
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise InputError(f"model file {name!r} does not exist; give the path of a .gguf file")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"model folder {name!r} has no config.json; give a transformers model folder")
+        if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+            raise InputError(f"model folder {name!r} has no weights; expected *.safetensors beside config.json")
+        return str(path), {}
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InputError(f"model {name!r} does not exist; give a transformers folder, a .gguf file, a hub name or demo")
+    return name, {}
+
+
+def _check_config(config: Any) -> None:
+    """Refuse by name what shows in the configuration, before any weights are read."""
+    kind = getattr(config, "model_type", type(config).__name__)
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"{kind} is an encoder-decoder; expected a decoder-only language model")
+    text = config.get_text_config()
+    for field, why in (
+        ("attn_logit_softcapping", "caps its attention logits"),
+        ("kv_lora_rank", "keeps a compressed latent instead of keys and values"),
+        ("num_kv_shared_layers", "shares keys and values between layers"),
+        ("attention_chunk_size", "attends within chunks"),
+    ):
+        if getattr(text, field, None):
+            raise InputError(
+                f"{kind} {why} ({field} = {getattr(text, field)}), which is not supported; try Qwen3 or Llama"
+            )
+    others = sorted(set(_layer_types(text)) - {_SQUEEZED, _SLIDING})
+    if others:
+        raise InputError(f"{kind} has layers of type {', '.join(others)}; expected softmax attention in every layer")
+
+
+def _layer_types(text_config: Any) -> list[str]:
+    """Each layer's type, by the same rules as transformers' own DynamicCache."""
+    listed = getattr(text_config, "layer_types", None)
+    window = getattr(text_config, "sliding_window", None)
+    if listed is None:
+        listed = [_SLIDING if window else _SQUEEZED] * text_config.num_hidden_layers
+    # A window that no sequence can outgrow (Phi-3) is no window.
+    if window and window >= getattr(text_config, "max_position_embeddings", 0) > 0:
+        listed = [_SQUEEZED if kind == _SLIDING else kind for kind in listed]
+    return list(listed)
+
+
+def attention_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The attention module of each decoder layer, in order."""
+    decoder = model.get_decoder()
+    modules = [getattr(layer, "self_attn", None) for layer in getattr(decoder, "layers", [])]
+    if not modules or any(module is None for module in modules):
+        raise InputError(
+            f"{model.config.model_type} has no self_attn in each decoder layer; expected softmax attention"
+        )
+    return modules  # type: ignore[return-value]
+
+
+def plan_layers(model: PreTrainedModel) -> LayerPlan:
+    """Which layers are squeezed and which stay dense.
+
+    Raises:
+        InputError: the model can't be squeezed; says by name what stands against it.
+    """
+    _check_config(model.config)
+    kind, text = model.config.model_type, model.config.get_text_config()
+    if getattr(model, "_is_stateful", False):
+        raise InputError(f"{kind} has recurrent layers; expected softmax attention in every layer")
+    if not getattr(model, "_supports_attention_backend", False):
+        raise InputError(f"{kind} does not take its attention from transformers' interface; expected a rotary decoder")
+    for module in attention_modules(model):
+        if hasattr(module, "sinks"):
+            raise InputError(f"{kind} has learned attention sinks, which are not supported; try Qwen3 or Llama")
+    types = _layer_types(text)
+    squeezed = tuple(i for i, layer_type in enumerate(types) if layer_type == _SQUEEZED)
+    if not squeezed:
+        raise InputError(
+            f"every layer of {kind} attends to a sliding window of {text.sliding_window} tokens only; "
+            "nothing grows with the context, so there is nothing to squeeze"
+        )
+    return LayerPlan(squeezed, {i: text.sliding_window for i, t in enumerate(types) if t == _SLIDING})
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Longest sequence in tokens that the model was made for; None if it does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def model_identity(model: PreTrainedModel) -> dict[str, str]:
+    """What tells this model's keys from another's: type, dtype, hash of the architecture, fingerprint of the weights.
+
+    The fingerprint covers 64 values of every parameter, rounded to bfloat16 so that it does not depend on the dtype
+    that the model was loaded in.
+    """
+    text = model.config.get_text_config().to_dict()
+    volatile = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
+    settled = {k: v for k, v in text.items() if k not in volatile and not k.endswith(("_token_id", "_implementation"))}
+    digest = hashlib.sha256()
+    for name, parameter in model.get_decoder().named_parameters():
+        flat = parameter.detach().reshape(-1)
+        step = max(1, flat.numel() // 64)
+        sample = flat[::step][:64].to(torch.bfloat16).float().cpu()
+        digest.update(name.encode())
+        digest.update(sample.numpy().tobytes())
+    return {
+        "type": model.config.model_type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "config": hashlib.sha256(json.dumps(settled, sort_keys=True, default=str).encode()).hexdigest(),
+        "weights": digest.hexdigest(),
+    }
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 over everything that decides how text becomes token ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        content: Any = sorted(tokenizer.get_vocab().items())
+    else:
+        content = json.loads(backend.to_str())
+        content.pop("padding", None)  # both change with use, not with the tokenizer
+        content.pop("truncation", None)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
