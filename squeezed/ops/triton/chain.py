@@ -12,6 +12,7 @@ from torch import Tensor
 from squeezed.ops.layout import ClusteredKeys
 from squeezed.ops.triton import device as dev
 from squeezed.ops.triton.attend import AttendConfig, attend_config, attend_list
+from squeezed.ops.triton.eight_bit import ChannelScales, EightBitKeys
 from squeezed.ops.triton.score import Scores, score_few_rows
 from squeezed.ops.triton.score_many import score_many_rows
 from squeezed.ops.triton.select import WorkList, chunks_of, select_clusters
@@ -26,7 +27,8 @@ def select_keys(
     log_thresholds: Tensor,
     window: tuple[int, int],
     scale: float,
-    width: int,
+    config: AttendConfig,
+    scales: ChannelScales | None = None,
 ) -> tuple[WorkList, Tensor]:
     """Score and select level by level, coarsest first.
 
@@ -36,7 +38,8 @@ def select_keys(
         clustered: number of keys in clusters.
         log_thresholds: [levels] float32 on the device, finest first.
         window: [start, end) of the keys that every list ends with.
-        width: keys per entry of the finest list.
+        config: of the attention that will read the list.
+        scales: of centroids stored in 8 bits.
 
     Returns:
         the list of keys, and zeroed int64 words for `attend_list`.
@@ -50,9 +53,9 @@ def select_keys(
         ids, id_counts = (work.entries, work.counts) if work else (None, None)
         capacity = centroids[level].shape[1] if ids is None else ids.shape[1]
         status_words = problems * chunks_of(capacity)
-        arrival_words = problems * -(-rows // dev.padded_rows(rows))
+        arrival_words = problems * -(-rows // config.block_rows)
         scores: Scores = score(
-            query, centroids[level], sizes[level], scale, status_words + arrival_words, ids, id_counts
+            query, centroids[level], sizes[level], scale, status_words + arrival_words, ids, id_counts, scales
         )
         finest = level == 0
         work = select_clusters(
@@ -63,7 +66,7 @@ def select_keys(
             log_thresholds,
             level,
             window if finest else (0, 0),
-            width if finest else 1,
+            config.width if finest else 1,
             ids,
             id_counts,
         )
@@ -84,6 +87,7 @@ def _attend_fixed(
     log_thresholds: Tensor,
     window_end: int,
     scale: float,
+    scales: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, q_heads, queries, head_dim = query.shape
     dev.check_head_dim(head_dim)
@@ -91,10 +95,20 @@ def _attend_fixed(
     rows = q_heads // kv_heads * queries
     grouped = query.reshape(batch, kv_heads, rows, head_dim).contiguous()
     config = attend_config(head_dim, rows, keys.dtype)
+    channel_scales = ChannelScales(*scales) if scales else None
     work, arrivals = select_keys(
-        grouped, centroids, sizes, offsets, clustered, log_thresholds, (clustered, window_end), scale, config.width
+        grouped,
+        centroids,
+        sizes,
+        offsets,
+        clustered,
+        log_thresholds,
+        (clustered, window_end),
+        scale,
+        config,
+        channel_scales,
     )
-    output, lse = attend_list(grouped, keys, values, work, arrivals, scale, config)
+    output, lse = attend_list(grouped, keys, values, work, arrivals, scale, config, channel_scales)
     shape = (batch, q_heads, queries)
     return output.reshape(*shape, head_dim), lse.reshape(shape), work.kept.reshape(batch, kv_heads)
 
@@ -111,6 +125,7 @@ def _(
     log_thresholds: Tensor,
     window_end: int,
     scale: float,
+    scales: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, q_heads, queries, _ = query.shape
     return (
@@ -121,13 +136,13 @@ def _(
 
 
 def attend_fixed(
-    query: Tensor, layer: ClusteredKeys, log_thresholds: Tensor, window_end: int, scale: float
+    query: Tensor, layer: ClusteredKeys | EightBitKeys, log_thresholds: Tensor, window_end: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Squeezed attention of one layer to its fixed context.
 
     Args:
         query: [B, Hq, M, D] float32, float16 or bfloat16; the M queries of a group of heads share one selection.
-        layer: keys, values and clusters, contiguous, on the query's device and of its dtype.
+        layer: keys, values and clusters, contiguous, on the query's device and of its dtype, or in 8 bits.
         log_thresholds: [levels] float32 on the device, finest level first; -inf keeps every cluster, +inf none.
         window_end: keys [layer.clustered, window_end) are always attended.
         scale: softmax scale.
@@ -136,6 +151,10 @@ def attend_fixed(
         output [B, Hq, M, D] float32, log-sum-exp [B, Hq, M] float32 (0 and -inf where nothing is attended), and kept
         [B, Hk] int32, clustered keys attended.
     """
+    scales: list[Tensor] = []
+    if isinstance(layer, EightBitKeys):
+        scales = list(layer.scales)
+        layer = layer.layer
     return torch.ops.squeezed.attend_fixed(
         query,
         layer.keys,
@@ -147,7 +166,5 @@ def attend_fixed(
         log_thresholds,
         window_end,
         scale,
+        scales,
     )
-
-
-__all__ = ["AttendConfig", "attend_fixed", "select_keys"]

@@ -4,6 +4,8 @@ The normaliser of a row needs every centroid, so each program leaves the maximum
 selection that follows joins them: no second pass over the centroids, no launch of its own.
 """
 
+# mypy: allow-untyped-defs, disable-error-code="attr-defined"
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from squeezed.ops.triton import device as dev
+from squeezed.ops.triton.eight_bit import ChannelScales, scaled_query
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ def clear_words(words, count, program, programs, BLOCK: tl.constexpr):
 def _score_few_rows(
     query,
     centroids,
+    key_scale,
+    key_mean,
     sizes,
     ids,
     id_counts,
@@ -92,7 +97,7 @@ def _score_few_rows(
             other=0.0,
         )
         base = centroids + head.to(tl.int64) * clusters * HEAD_DIM
-        q = q.to(tl.float16) if centroids.dtype.element_ty == tl.float8e4nv else q.to(centroids.dtype.element_ty)
+        q, logit_scale, _ = scaled_query(q, key_scale, key_mean, head, scale, HEAD_DIM)
         steps = tl.minimum(TILES, tl.cdiv(count - begin, BLOCK_C))
         for tile in tl.range(0, steps, num_stages=STAGES):
             index = begin + tile * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -102,7 +107,7 @@ def _score_few_rows(
                 cluster = tl.load(ids + problem.to(tl.int64) * capacity + index, mask=inside, other=0)
             c = tl.load(base + cluster[:, None] * HEAD_DIM + dim[None, :], mask=inside[:, None], other=0.0)
             size = tl.load(sizes + head * clusters + cluster, mask=inside, other=0)
-            scores = tl.dot(q, tl.trans(c.to(q.dtype)), input_precision=PRECISION) * scale
+            scores = tl.dot(q, tl.trans(c.to(q.dtype)), input_precision=PRECISION) * logit_scale
             scores = tl.where((size > 0)[None, :], scores, float("-inf"))
             tl.store(
                 logits + (problem.to(tl.int64) * rows + row[:, None]) * capacity + index[None, :],
@@ -128,6 +133,7 @@ def score_few_rows(
     sync_words: int,
     ids: Tensor | None = None,
     id_counts: Tensor | None = None,
+    scales: ChannelScales | None = None,
     *,
     block: int | None = None,
     tiles: int = 4,
@@ -143,6 +149,7 @@ def score_few_rows(
         scale: softmax scale s.
         sync_words: int64 words to hand on, zeroed, to the kernels that follow.
         ids, id_counts: [B * Hk, capacity] and [B * Hk] int32, the clusters a coarser level left.
+        scales: of centroids stored in 8 bits.
     """
     batch, kv_heads, rows, head_dim = query.shape
     clusters = centroids.shape[1]
@@ -156,6 +163,8 @@ def score_few_rows(
     _score_few_rows[(splits, problems)](
         query,
         centroids,
+        scales.key_scale if scales else None,
+        scales.key_mean if scales else None,
         sizes,
         ids,
         id_counts,
@@ -176,7 +185,7 @@ def score_few_rows(
         BLOCK_C=block,
         TILES=tiles,
         STAGES=stages,
-        PRECISION=dev.dot_precision(centroids.dtype),
+        PRECISION=dev.dot_precision(query.dtype),
         PDL=dev.has_dependent_launch(query.device),
         num_warps=warps,
         **(dev.launch_options(query.device) if ids is not None else {}),

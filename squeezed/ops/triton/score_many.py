@@ -1,9 +1,11 @@
-"""Score centroids for many query rows that share one selection (question prefill): two matrix products, nothing stored.
+"""Score centroids for many query rows that share one selection (question prefill): two products, nothing stored.
 
-The score of a cluster is a mean over rows of exp(logit - row's log-sum-exp). Rows x clusters logits would not fit, so they
-are computed twice: first reduced along clusters (the rows' log-sum-exps), then along rows (the scores). Both are the same
-kernel, a product whose rows are reduced by an online log-sum-exp, with queries and centroids trading places.
+The score of a cluster is a mean over rows of exp(logit - row's log-sum-exp). Rows x clusters logits would not fit, so
+they are computed twice: first reduced along clusters (the rows' log-sum-exps), then along rows (the scores). Both are
+the same kernel, a product whose rows are reduced by an online log-sum-exp, with queries and centroids trading places.
 """
+
+# mypy: allow-untyped-defs, disable-error-code="attr-defined"
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from squeezed.ops.triton import device as dev
 from squeezed.ops.triton.attend import LOG2E
+from squeezed.ops.triton.eight_bit import LIFT, ChannelScales
 from squeezed.ops.triton.score import Scores, clear_words
 
 
@@ -44,7 +47,7 @@ def _reduce_product(
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """ROWS_FIRST: row_lse[problem, split, row] over a piece of the clusters; else result[problem, cluster] over rows."""
+    """ROWS_FIRST: row_lse[problem, split, row] over a piece of the clusters; else result[problem, cluster]."""
     block = tl.program_id(0)
     split = tl.program_id(1)
     problem = tl.program_id(2)
@@ -124,6 +127,7 @@ def score_many_rows(
     sync_words: int,
     ids: Tensor | None = None,
     id_counts: Tensor | None = None,
+    scales: ChannelScales | None = None,
     *,
     block: int = 128,
     across: int | None = None,
@@ -131,6 +135,9 @@ def score_many_rows(
     warps: int = 8,
 ) -> Scores:
     """Log scores of every centroid (or of those in `ids`), averaged over all rows. Arguments as `score_few_rows`."""
+    if scales is not None:
+        query = (query.float() * (scales.key_scale * LIFT.value)[:, None]).half()
+        scale /= LIFT.value
     batch, kv_heads, rows, head_dim = query.shape
     clusters = centroids.shape[1]
     capacity = clusters if ids is None else ids.shape[1]

@@ -8,6 +8,8 @@ An entry is a short run of consecutive children: start * 16 + length with length
 the width is 1.
 """
 
+# mypy: allow-untyped-defs, disable-error-code="attr-defined"
+
 from __future__ import annotations
 
 from dataclasses import dataclass
