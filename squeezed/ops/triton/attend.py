@@ -20,7 +20,7 @@ from torch import Tensor
 
 from squeezed.ops.triton import device as dev
 from squeezed.ops.triton.eight_bit import ChannelScales, scaled_query
-from squeezed.ops.triton.join import join_few_rows, join_many_rows, store_result
+from squeezed.ops.triton.join import group_of, join_rows, store_result, tiles_of
 from squeezed.ops.triton.select import WorkList
 from squeezed.ops.triton.stream import stream, stream_ahead
 
@@ -53,13 +53,13 @@ def attend_config(head_dim: int, rows: int, dtype: torch.dtype) -> AttendConfig:
 
 
 @triton.jit
-def _clear_empty(output, lse_out, counts, problems, programs, rows, HEAD_DIM: tl.constexpr):
+def _clear_empty(output, lse_out, tiles, problem_index, problems, rows, HEAD_DIM: tl.constexpr):
     """Where a head has nothing to attend no program visits it: output 0, log-sum-exp -inf."""
     dim = tl.arange(0, HEAD_DIM)
-    for problem in range(tl.program_id(0), problems, programs):
-        if tl.load(counts + problem) == 0:
+    for problem in range(tl.program_id(0), problems, tl.num_programs(0)):
+        if tl.sum(tl.where(problem_index == problem, tiles, 0), axis=0) == 0:
             for row in range(rows):
-                place = problem.to(tl.int64) * rows + row
+                place = problem * rows + row
                 tl.store(output + place * HEAD_DIM + dim, tl.zeros([HEAD_DIM], tl.float32))
                 tl.store(lse_out + place, float("-inf"))
 
@@ -113,8 +113,8 @@ def _attend(
     tile = 0
     stop = 0
     if group < used:
-        tile = (group.to(tl.int64) * total // used).to(tl.int32)
-        stop = ((group + 1).to(tl.int64) * total // used).to(tl.int32)
+        tile = tiles_of(group, used, total)
+        stop = tiles_of(group + 1, used, total)
 
     dim = tl.arange(0, HEAD_DIM)
     row = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -147,11 +147,11 @@ def _attend(
             )  # fmt: skip
         acc = acc / weight[:, None]
         lse = top + tl.log2(weight) + shift
-        first = (((head_start + 1).to(tl.int64) * used - 1) // total).to(tl.int32)
-        last = ((head_stop.to(tl.int64) * used - 1) // total).to(tl.int32)
+        first = group_of(head_start, used, total)
+        last = group_of(head_stop - 1, used, total)
         value_scale_base = value_scale + head * HEAD_DIM if value_scale is not None else None
         value_mean_base = value_mean + head * HEAD_DIM if value_scale is not None else None
-        if first == last:
+        if FEW_ROWS > 0 and first == last:
             store_result(output, lse_out, acc, lse, problem, row, rows, value_scale_base, value_mean_base, HEAD_DIM)
         else:
             # Along the row of tiles group and problem only grow, and one of them grows from part to part: the sum is
@@ -160,28 +160,70 @@ def _attend(
             needed = row < FEW_ROWS if FEW_ROWS > 0 else row >= 0
             tl.store(part_out + place[:, None] * HEAD_DIM + dim[None, :], acc, mask=needed[:, None])
             tl.store(part_lse + place, lse, mask=needed)
-            tl.debug_barrier()
-            arrived = tl.atomic_add(arrivals + problem * row_blocks + row_block, 1, sem="acq_rel")
-            if arrived == last - first:
-                if FEW_ROWS > 0:
-                    joined, joined_lse = join_few_rows(
-                        part_out, part_lse, first + problem, last + problem, BLOCK_R, FEW_ROWS, HEAD_DIM,
+            if FEW_ROWS > 0:
+                tl.debug_barrier()
+                arrived = tl.atomic_add(arrivals + problem, 1, sem="acq_rel")
+                if arrived == last - first:
+                    joined, joined_lse = join_rows(
+                        part_out, part_lse, first + problem, last + problem, BLOCK_R, 0, FEW_ROWS, HEAD_DIM,
                         max(1, 8192 // (FEW_ROWS * HEAD_DIM)),
                     )  # fmt: skip
                     store_result(
                         output, lse_out, joined, joined_lse, problem, tl.arange(0, FEW_ROWS), rows, value_scale_base,
                         value_mean_base, HEAD_DIM,
                     )  # fmt: skip
-                else:
-                    joined, joined_lse = join_many_rows(
-                        part_out, part_lse, first + problem, last + problem, row_block, row_blocks, BLOCK_R, HEAD_DIM
-                    )
-                    store_result(
-                        output, lse_out, joined, joined_lse, problem, row, rows, value_scale_base, value_mean_base,
-                        HEAD_DIM,
-                    )  # fmt: skip
         tile = part_stop
-    _clear_empty(output, lse_out, counts, problems, tl.num_programs(0), rows, HEAD_DIM)
+    if FEW_ROWS > 0:
+        _clear_empty(output, lse_out, tiles, problem_index, problems, rows, HEAD_DIM)
+
+
+@triton.jit
+def _join_parts(
+    value_scale,
+    value_mean,
+    counts,
+    output,
+    lse_out,
+    part_out,
+    part_lse,
+    problems,
+    kv_heads,
+    rows,
+    part_rows,
+    groups,
+    WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_PROBLEMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """For many rows: a launch of its own joins the parts, which leaves the registers of `_attend` to its loop."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    problem = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    problem_index = tl.arange(0, BLOCK_PROBLEMS)
+    count = tl.load(counts + problem_index, mask=problem_index < problems, other=0)
+    tiles = (count * WIDTH + (BLOCK_N - 1)) // BLOCK_N
+    total = tl.sum(tiles, axis=0)
+    head_start = tl.sum(tl.where(problem_index < problem, tiles, 0), axis=0)
+    head_tiles = tl.sum(tl.where(problem_index == problem, tiles, 0), axis=0)
+    if head_tiles > 0:
+        used = tl.minimum(groups, total)
+        first = group_of(head_start, used, total)
+        last = group_of(head_start + head_tiles - 1, used, total)
+        joined, joined_lse = join_rows(
+            part_out, part_lse, first + problem, last + problem, part_rows, tl.program_id(0) * ROWS, ROWS, HEAD_DIM, 4
+        )
+    else:
+        joined = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+        joined_lse = tl.full([ROWS], float("-inf"), tl.float32)
+    head = (problem % kv_heads).to(tl.int64)
+    scale = value_scale + head * HEAD_DIM if value_scale is not None else None
+    mean = value_mean + head * HEAD_DIM if value_scale is not None else None
+    store_result(output, lse_out, joined, joined_lse, problem, row, rows, scale, mean, HEAD_DIM)
 
 
 def attend_list(
@@ -200,7 +242,7 @@ def attend_list(
         query: [B, Hk, rows, D] contiguous.
         keys, values: [Hk, N, D] contiguous, shared by all B questions.
         work: from `select_clusters`, made with `config.width`.
-        arrivals: [B * Hk * ceil(rows / config.block_rows)] int64, zero.
+        arrivals: [B * Hk] int64, zero (not read for more than `FEW_ROWS` rows).
         scale: softmax scale.
         scales: of keys and values stored in 8 bits.
 
@@ -212,6 +254,7 @@ def attend_list(
     block_rows = config.block_rows
     row_blocks = triton.cdiv(rows, block_rows)
     groups = max(1, dev.multiprocessors(query.device) * config.programs_per_multiprocessor // row_blocks)
+    few_rows = triton.next_power_of_2(rows) if rows <= dev.FEW_ROWS else 0
     output = torch.empty(batch, kv_heads, rows, head_dim, dtype=torch.float32, device=query.device)
     lse = torch.empty(batch, kv_heads, rows, dtype=torch.float32, device=query.device)
     part_rows = (groups + problems) * row_blocks * block_rows
@@ -244,11 +287,32 @@ def attend_list(
         BLOCK_PROBLEMS=triton.next_power_of_2(problems),
         STAGES=config.stages,
         PRECISION=dev.dot_precision(query.dtype),
-        FEW_ROWS=triton.next_power_of_2(rows) if rows <= dev.FEW_ROWS else 0,
+        FEW_ROWS=few_rows,
         AHEAD=config.ahead,
         PDL=dev.has_dependent_launch(query.device),
         num_warps=config.warps,
         **({"maxnreg": config.registers} if config.registers else {}),
         **dev.launch_options(query.device),
     )
+    if not few_rows:
+        _join_parts[(triton.cdiv(rows, 16), problems)](
+            *(scales[2:] if scales else (None, None)),
+            work.counts,
+            output,
+            lse,
+            part_out,
+            part_lse,
+            problems,
+            kv_heads,
+            rows,
+            row_blocks * block_rows,
+            groups,
+            WIDTH=work.width,
+            HEAD_DIM=head_dim,
+            BLOCK_N=config.block_keys,
+            BLOCK_PROBLEMS=triton.next_power_of_2(problems),
+            ROWS=16,
+            PDL=dev.has_dependent_launch(query.device),
+            **dev.launch_options(query.device),
+        )
     return output, lse

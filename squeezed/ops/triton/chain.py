@@ -53,9 +53,8 @@ def select_keys(
         ids, id_counts = (work.entries, work.counts) if work else (None, None)
         capacity = centroids[level].shape[1] if ids is None else ids.shape[1]
         status_words = problems * chunks_of(capacity)
-        arrival_words = problems * -(-rows // config.block_rows)
         scores: Scores = score(
-            query, centroids[level], sizes[level], scale, status_words + arrival_words, ids, id_counts, scales
+            query, centroids[level], sizes[level], scale, status_words + problems, ids, id_counts, scales
         )
         finest = level == 0
         work = select_clusters(

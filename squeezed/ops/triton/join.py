@@ -23,20 +23,35 @@ def store_result(output, lse_out, acc, lse, problem, row, rows, scale, mean, HEA
 
 
 @triton.jit
-def join_few_rows(
-    part_out, part_lse, first, last, BLOCK_R: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
+def tiles_of(group, used, total):
+    """First tile of a group when `total` tiles are dealt out in contiguous shares that differ by one at most."""
+    return group * (total // used) + tl.minimum(group, total % used)
+
+
+@triton.jit
+def group_of(tile, used, total):
+    """The group that `tiles_of` gives a tile to."""
+    share = total // used
+    longer = total % used
+    in_longer = tile // (share + 1)
+    return tl.where(in_longer < longer, in_longer, longer + (tile - longer * (share + 1)) // share)
+
+
+@triton.jit
+def join_rows(
+    part_out, part_lse, first, last, part_rows, row_start, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Parts [first, last], of which the first ROWS of BLOCK_R rows are written: ([ROWS, HEAD_DIM], [ROWS])."""
+    """Rows [row_start, row_start + ROWS) of slots [first, last], PARTS at a time: ([ROWS, HEAD_DIM], [ROWS])."""
     dim = tl.arange(0, HEAD_DIM)
-    row = tl.arange(0, ROWS)
+    row = row_start + tl.arange(0, ROWS)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
     for start in range(first, last + 1, PARTS):
         part = start + tl.arange(0, PARTS)
         mask = part <= last
-        place = part.to(tl.int64)[:, None] * BLOCK_R + row[None, :]
+        place = part.to(tl.int64)[:, None] * part_rows + row[None, :]
         lse = tl.load(part_lse + place, mask=mask[:, None], other=float("-inf"), cache_modifier=".cg")
         out = tl.load(
             part_out + place[:, :, None] * HEAD_DIM + dim[None, None, :], mask=mask[:, None, None], other=0.0,
@@ -47,28 +62,5 @@ def join_few_rows(
         rescale = tl.exp2(top - new_top)
         acc = acc * rescale[:, None] + tl.sum(weight[:, :, None] * out, axis=0)
         total = total * rescale + tl.sum(weight, axis=0)
-        top = new_top
-    return acc / total[:, None], top + tl.log2(total)
-
-
-@triton.jit
-def join_many_rows(
-    part_out, part_lse, first, last, row_block, row_blocks, BLOCK_R: tl.constexpr, HEAD_DIM: tl.constexpr
-):
-    """Parts [first, last] of one block of rows: ([BLOCK_R, HEAD_DIM], [BLOCK_R])."""
-    dim = tl.arange(0, HEAD_DIM)
-    row = tl.arange(0, BLOCK_R)
-    top = tl.full([BLOCK_R], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_R], tl.float32)
-    acc = tl.zeros([BLOCK_R, HEAD_DIM], tl.float32)
-    for part in range(first, last + 1):
-        place = (part * row_blocks + row_block) * BLOCK_R + row.to(tl.int64)
-        lse = tl.load(part_lse + place, cache_modifier=".cg")
-        out = tl.load(part_out + place[:, None] * HEAD_DIM + dim[None, :], cache_modifier=".cg")
-        new_top = tl.maximum(top, lse)
-        weight = tl.exp2(lse - new_top)
-        rescale = tl.exp2(top - new_top)
-        acc = acc * rescale[:, None] + weight[:, None] * out
-        total = total * rescale + weight
         top = new_top
     return acc / total[:, None], top + tl.log2(total)

@@ -136,8 +136,8 @@ def score_few_rows(
     scales: ChannelScales | None = None,
     *,
     block: int | None = None,
-    tiles: int = 4,
-    stages: int = 3,
+    tiles: int | None = None,
+    stages: int | None = None,
     warps: int = 4,
 ) -> Scores:
     """Logits of every centroid (or of those in `ids`) for up to `FEW_ROWS` query rows.
@@ -155,8 +155,12 @@ def score_few_rows(
     clusters = centroids.shape[1]
     capacity = clusters if ids is None else ids.shape[1]
     block = block or max(16, min(128, 16384 // head_dim // (2 if centroids.dtype == torch.float32 else 1)))
-    splits = triton.cdiv(capacity, block * tiles)
     problems = batch * kv_heads
+    # Where the machine is not filled several times over, a program with one tile and nothing to pipeline ends sooner.
+    few_tiles = problems * triton.cdiv(capacity, block) < 16 * dev.multiprocessors(query.device)
+    tiles = tiles or (1 if few_tiles else 2)
+    stages = stages or (1 if few_tiles else 2)
+    splits = triton.cdiv(capacity, block * tiles)
     logits = torch.empty(problems, rows, capacity, dtype=torch.float32, device=query.device)
     part_max, part_sum = torch.empty(2, problems, rows, splits, dtype=torch.float32, device=query.device)
     sync = torch.empty(sync_words, dtype=torch.int64, device=query.device)

@@ -22,8 +22,6 @@ from torch import Tensor
 from squeezed.ops.triton import device as dev
 from squeezed.ops.triton.score import Scores
 
-CHUNK = 1024
-
 
 @dataclass(frozen=True)
 class WorkList:
@@ -42,8 +40,14 @@ class WorkList:
     width: int
 
 
+def chunk_size(capacity: int) -> int:
+    """Clusters per program: small enough to fill the machine, large enough that few programs wait for one another."""
+    return 512 if capacity <= 16384 else 1024
+
+
 def chunks_of(capacity: int) -> int:
-    return triton.cdiv(capacity, CHUNK)
+    """Programs per head, each with a status word."""
+    return triton.cdiv(capacity, chunk_size(capacity))
 
 
 def list_capacity(children: int, clusters: int, window: int, width: int) -> int:
@@ -232,8 +236,8 @@ def select_clusters(
         BLOCK_R=triton.next_power_of_2(rows),
         BLOCK_SPLITS=triton.next_power_of_2(splits),
         BLOCK_CHUNKS=triton.next_power_of_2(chunks),
-        CHUNK_SIZE=CHUNK,
-        LOG_CHUNK=CHUNK.bit_length() - 1,
+        CHUNK_SIZE=chunk_size(capacity),
+        LOG_CHUNK=chunk_size(capacity).bit_length() - 1,
         SLOTS=slots,
         PDL=dev.has_dependent_launch(offsets.device),
         num_warps=warps * (1 if rows <= 4 else 2),
