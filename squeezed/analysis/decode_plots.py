@@ -51,7 +51,7 @@ def time_per_token(study: Study) -> Figure:
     left.set_yscale("log")
     flat = [seconds for values in times.values() for seconds in values]
     left.set_ylim(min(flat) / 1.4, max(flat) * 1.4)
-    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
     left.yaxis.set_minor_locator(NullLocator())
     left.yaxis.set_major_formatter(lambda value, _: human(value, "s"))
     left.set_ylabel(f"time per step of {study.batch} token{'s' if study.batch > 1 else ''}")

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from squeezed.analysis.source import one_line
 from squeezed.errors import InputError
 
 Part = Literal["attention projections", "FFN", "router", "experts", "LM head"]
@@ -114,10 +115,9 @@ def _meta_model(config: Any) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except Exception as error:  # transformers raises anything from AttributeError to its own types for odd sizes
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"the configuration of type {config.model_type!r} does not build a causal language model ({reason}); "
-            "give the configuration of a decoder that transformers knows"
+            f"a configuration of type {config.model_type!r} does not build a causal language model "
+            f"({one_line(error)}); give the configuration of a decoder that transformers knows"
         ) from error
 
 
@@ -136,8 +136,6 @@ def _refuse_other_attention(config: Any) -> None:
 
 def _windows(config: Any, depth: int) -> list[int | None]:
     window = getattr(config, "sliding_window", None) or None
-    if getattr(config, "use_sliding_window", True) is False:
-        window = None
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * depth
     return [window if kind == "sliding_attention" else None for kind in kinds]
 

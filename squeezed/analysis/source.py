@@ -49,7 +49,7 @@ def load_config(model: str) -> Any:
     try:
         return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
     except Exception as error:
-        raise InputError(f"{model}: transformers refuses the configuration ({_first_line(error)})") from error
+        raise InputError(f"{model}: transformers refuses the configuration ({one_line(error)})") from error
 
 
 def missing_fields(fields: dict[str, Any]) -> list[str]:
@@ -113,7 +113,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not JSON ({_first_line(error)}); expected a transformers config.json") from error
+        raise InputError(f"{path}: not JSON ({one_line(error)}); expected a transformers config.json") from error
     if not isinstance(fields, dict):
         raise InputError(f"{path}: holds a JSON {type(fields).__name__}, expected an object of configuration fields")
     return fields
@@ -124,7 +124,7 @@ def _through_transformers(model: str, config_class: Any, source: str, **keywords
         fields, _ = config_class.get_config_dict(source, **keywords)
     except Exception as error:  # network, parsing and hub errors share no base class
         raise InputError(
-            f"{model}: no configuration found there ({_first_line(error)}); give a model folder, a config.json, "
+            f"{model}: no configuration found there ({one_line(error)}); give a model folder, a config.json, "
             "a .gguf file or the name of a model on the hub"
         ) from error
     if not fields:
@@ -132,6 +132,6 @@ def _through_transformers(model: str, config_class: Any, source: str, **keywords
     return dict(fields)
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line and not longer than three."""
+    return " ".join(str(error).split()).rstrip(".")[:240] or type(error).__name__

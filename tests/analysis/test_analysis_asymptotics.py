@@ -40,6 +40,7 @@ def test_interpolation_recovers_a_polynomial_exactly():
 def test_terms_bounded_by_another_are_dropped():
     one = Fraction(1)
     assert leading({(1, 1, 1, 1): one, (1, 0, 2, 1): one, (0, 0, 0, 2): one}) == {(1, 1, 1, 1), (0, 0, 0, 2)}
+    assert leading({(1, 0, 1, 1): one, (1, 0, 2, 1): one}) == {(1, 0, 2, 1)}
     assert leading({(1, 2, 0, 0): one, (2, 1, 0, 0): one}) == {(1, 2, 0, 0), (2, 1, 0, 0)}
 
 
