@@ -6,20 +6,19 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from squeezed.analysis.cost import Precision
-from squeezed.analysis.devices import find_device
-from squeezed.analysis.measured import Comparison, compare, read_run
-from squeezed.analysis.roofline import Launch
-from squeezed.analysis.shape import shape_of
-from squeezed.analysis.source import load_config
-from squeezed.analysis.study import METHODS, Study, human, summary, tokens_text
 from squeezed.errors import InputError
+
+# The command line imports this module to print its help; torch and matplotlib are loaded once there is work to do.
+if TYPE_CHECKING:
+    from squeezed.analysis.measured import Comparison
+    from squeezed.analysis.roofline import Launch
+    from squeezed.analysis.study import Study
 
 
 def roofline(
@@ -39,16 +38,21 @@ def roofline(
     tokens: Annotated[int, typer.Option(help="Tokens generated.")] = 128,
     sparsity: Annotated[float, typer.Option(help="Share of the clustered keys that is not attended.")] = 0.9,
     weight_bytes: Annotated[
-        float | None, typer.Option(help="Bytes per weight. [default: as the device computes]")
+        float | None, typer.Option(help="Bytes per weight; as the device computes if left out.")
     ] = None,
-    kv_bytes: Annotated[
-        float | None, typer.Option(help="Bytes per KV element. [default: as the device computes]")
-    ] = None,
+    kv_bytes: Annotated[float | None, typer.Option(help="Bytes per KV element; likewise.")] = None,
     eager: Annotated[
         bool, typer.Option("--eager", help="Fixed costs of eager calls instead of a captured graph.")
     ] = False,
 ) -> None:
     """Arithmetic intensity and roofline of MODEL: predicted time dense and squeezed, what pays and what fits."""
+    from squeezed.analysis.cost import Precision
+    from squeezed.analysis.devices import find_device
+    from squeezed.analysis.measured import compare, read_run
+    from squeezed.analysis.shape import shape_of
+    from squeezed.analysis.source import load_config
+    from squeezed.analysis.study import Study
+
     _check(batch=batch, length=length, queries=queries, tokens=tokens)
     _check_real(sparsity, weight_bytes, kv_bytes)
     if output.exists() and not output.is_dir():
@@ -78,6 +82,7 @@ def write(study: Study, output: Path, compared: list[Comparison], measured_on: s
     """Pictures, page and numbers into `output`; all of them are finished before the first one appears there."""
     from squeezed.analysis import decode_plots, plots
     from squeezed.analysis.page import page
+    from squeezed.analysis.study import summary
 
     output.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
@@ -104,6 +109,8 @@ def write(study: Study, output: Path, compared: list[Comparison], measured_on: s
 
 def report(study: Study, compared: list[Comparison], written: list[Path]) -> None:
     """The answer on the terminal: times, speed-ups and limits."""
+    from squeezed.analysis.study import METHODS, human, tokens_text
+
     console = Console()
     console.print(
         f"[bold]{study.model.name}[/] on {study.device.title}: ridge {study.device.ridge:.0f} FLOP/byte, "

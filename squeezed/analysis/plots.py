@@ -97,7 +97,7 @@ def _heat(axis: Any, ratios: np.ndarray, batches: list[int], lengths: list[int])
         tone = (logs[i, j] - _DARKEST) / (_LIGHTEST - _DARKEST)
         dark = tone < 0.5
         if ratio < 1:
-            edge = "0.6" if dark else "0.45"
+            edge = "0.85" if dark else "0.4"
             axis.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, hatch="///", edgecolor=edge, linewidth=0))
         box = {"facecolor": matplotlib.colormaps["Greys_r"](tone), "edgecolor": "none", "pad": 1.5}
         axis.text(

@@ -5,7 +5,18 @@ from __future__ import annotations
 import pytest
 import transformers
 
-from squeezed.analysis.cost import Cost, Precision, Step, decode, dense_attention
+from squeezed.analysis.cost import (
+    Cost,
+    Matrix,
+    Operation,
+    Precision,
+    Step,
+    decode,
+    dense_attention,
+    dense_operations,
+    linear_cost,
+    total,
+)
 from squeezed.analysis.devices import CATALOGUE, find_device
 from squeezed.analysis.roofline import (
     crossover,
@@ -43,6 +54,8 @@ IN_A_GRAPH = [
     (128, 32, 698.4),
     (256, 32, 1382.2),
 ]
+# One token through a linear layer inside a CUDA graph, weights larger than L2 in rotation, microseconds, the same day.
+LINEAR = [(4096, 1024, 7.9), (4096, 4096, 16.0), (4096, 14336, 41.8), (14336, 4096, 44.0), (4096, 128256, 372.4)]
 
 
 def attention_ms(context: int, q_heads: int, kv_heads: int, queries: int, launch: str) -> float:
@@ -61,6 +74,12 @@ def test_dense_attention_on_the_h100_is_predicted_within_15_percent(context, q_h
 @pytest.mark.parametrize(("context", "kv_heads", "microseconds"), IN_A_GRAPH)
 def test_dense_decode_in_a_graph_is_predicted_within_15_percent(context, kv_heads, microseconds):
     assert 1e3 * attention_ms(context, 32, kv_heads, 1, "graph") == pytest.approx(microseconds, rel=0.15)
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "microseconds"), LINEAR)
+def test_linear_layers_of_one_token_are_predicted_within_15_percent(inputs, outputs, microseconds):
+    cost = linear_cost(Matrix("FFN", inputs, outputs), 1, BF16)
+    assert 1e6 * seconds(Operation("FFN", "linear", 1, cost), H100) == pytest.approx(microseconds, rel=0.15)
 
 
 @pytest.mark.parametrize(("context", "q_heads", "kv_heads", "one_query", "many"), MEASURED)
@@ -159,8 +178,6 @@ def test_regimes_meet_at_the_ridge():
 
 
 def test_batching_lifts_linear_layers_past_the_ridge_but_never_attention(llama):
-    from squeezed.analysis.cost import dense_operations, total
-
     linear, attention = (
         [total(dense_operations(llama, decode(batch, 65536), BF16), kind).intensity for batch in (1, 16, 1024)]
         for kind in ("linear", "attention")
