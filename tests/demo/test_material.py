@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ def test_the_five_questions_ask_about_different_depths_of_the_manual_in_order():
     depths = [text.index(question.answers[0]) / len(text) for question in questions()]
     assert depths[0] < 0.1
     assert depths[-1] > 0.75
-    assert all(0.1 < later - earlier < 0.25 for earlier, later in zip(depths, depths[1:], strict=False))
+    assert all(0.1 < later - earlier < 0.25 for earlier, later in pairwise(depths))
 
 
 def test_an_answer_is_recognised_in_any_case_and_only_when_present():
@@ -180,6 +181,8 @@ def test_the_tokenizer_cuts_text_as_the_model_was_trained():
         "Ġ",
         "<|im_end|>",
     ]
+    text = "Fog , rain .\n\n\tMinus 23° at 07:30; don 't wait!"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
     )
