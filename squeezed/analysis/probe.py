@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch.nn import functional
 
 from squeezed.analysis.devices import Achievable, Device
 from squeezed.errors import InputError
@@ -18,8 +19,8 @@ _WARM_UP, _REPEATS = 3, 9
 def measure_device(kind: str) -> Device:
     """This machine's CPU (float32) or CUDA device (bfloat16) as a `Device` whose peaks are medians measured now.
 
-    Nothing is taken from a datasheet, so the achievable fractions are 1 by definition; attention is taken to reach the
-    rate of a matrix product.
+    Nothing is taken from a datasheet, so bandwidth and linear layers reach their peaks by definition. On a CPU
+    attention is taken to reach the rate of a matrix product; on a CUDA device it is measured.
     """
     if kind == "cuda" and not torch.cuda.is_available():
         raise InputError("device 'cuda': torch finds no CUDA device; name one of the catalogue, or use cpu")
@@ -32,7 +33,8 @@ def measure_device(kind: str) -> Device:
     target = torch.empty_like(source)
     bandwidth = 2 * source.numel() / _median_seconds(lambda: target.copy_(source), kind)
     one = torch.zeros(1, device=kind)
-    launch = _median_seconds(lambda: one.add_(1), kind)
+    eager = _median_seconds(lambda: one.add_(1), kind)
+    attention = 1.0 if kind == "cpu" else min(1.0, _attention_rate(dtype) / flops)
     probes = f"{side}-square {str(dtype)[6:]} product, {megabytes} MiB copy"
     seen = f"measured on this machine: {probes}, torch {torch.__version__}"
     return Device(
@@ -42,9 +44,30 @@ def measure_device(kind: str) -> Device:
         bandwidth=bandwidth,
         memory=_memory(kind),
         source=seen,
-        achievable=Achievable(1, 1, 1, eager=launch, graph=launch, source=seen),
+        achievable=Achievable(1, 1, attention, eager, eager if kind == "cpu" else _graph_seconds(dtype), source=seen),
         element_bytes=dtype.itemsize,
     )
+
+
+def _attention_rate(dtype: torch.dtype, heads: int = 32, queries: int = 1024, keys: int = 32768) -> float:
+    """FLOP/s of dense attention of many queries, the compute-bound case."""
+    q = torch.randn(1, heads, queries, 128, dtype=dtype, device="cuda")
+    k = torch.randn(1, heads, keys, 128, dtype=dtype, device="cuda")
+    seconds = _median_seconds(lambda: functional.scaled_dot_product_attention(q, k, k), "cuda")
+    return 4 * heads * queries * keys * 128 / seconds
+
+
+def _graph_seconds(dtype: torch.dtype, calls: int = 20) -> float:
+    """Seconds of one operation that does next to nothing, attention over 128 keys, inside a CUDA graph."""
+    q = torch.randn(1, 32, 1, 128, dtype=dtype, device="cuda")
+    k = torch.randn(1, 32, 128, 128, dtype=dtype, device="cuda")
+    functional.scaled_dot_product_attention(q, k, k)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            functional.scaled_dot_product_attention(q, k, k)
+    return _median_seconds(graph.replay, "cuda") / calls
 
 
 def _median_seconds(function: Callable[[], object], kind: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import transformers
 
 from squeezed.analysis.cost import (
@@ -131,6 +132,23 @@ def test_the_cpu_is_measured_on_the_spot():
     assert 1e8 < cpu.bandwidth < 1e12
     assert cpu.element_bytes == 4
     assert 0 < cpu.achievable.graph < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cuda_device_is_measured_on_the_spot():
+    cuda = find_device("cuda")
+    assert cuda.element_bytes == 2
+    assert 1e12 < cuda.flops < 1e16
+    assert 1e10 < cuda.bandwidth < 1e14
+    assert 0.2 < cuda.achievable.attention <= 1
+    assert 0 < cuda.achievable.graph < cuda.achievable.eager
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is present")
+def test_without_a_cuda_device_that_is_said():
+    with pytest.raises(InputError, match="torch finds no CUDA device"):
+        find_device("cuda")
 
 
 @pytest.fixture(scope="module")
