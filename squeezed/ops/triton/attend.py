@@ -1,16 +1,16 @@
-"""Exact attention over a work list, in one launch: stream-K over the tiles of all heads, the last part to end merges.
+"""Exact attention over a work list: stream-K over the tiles of all heads, then a launch that joins the parts.
 
-The tiles of all questions and heads form one row; each group of programs takes an equal, contiguous share of it, so
-the machine stays full however unequally heads keep keys. A group has one program per block of query rows; these read
-the same keys at the same time, so that the L2 cache serves all but the first. Where a head is shared by several groups
-each leaves a partial result, and the last to arrive joins them in a fixed order: no float atomics, the same sums in
-every run.
+The tiles of all questions and heads form one row; each group of programs takes an equal, contiguous share of it, so the
+machine stays full however unequally heads keep keys. A group has one program per block of query rows; these read the
+same keys at the same time, so that the L2 cache serves all but the first. Every group leaves a partial result for each
+head it meets, and these are joined in a fixed order: no atomics, the same sums in every run.
 """
 
 # mypy: allow-untyped-defs, disable-error-code="attr-defined"
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +37,7 @@ class AttendConfig:
     stages: int
     programs_per_multiprocessor: int
     width: int
+    waves: int = 1
     ahead: bool = False
     registers: int | None = None
 
@@ -53,38 +54,22 @@ def attend_config(head_dim: int, rows: int, dtype: torch.dtype) -> AttendConfig:
 
 
 @triton.jit
-def _clear_empty(output, lse_out, tiles, problem_index, problems, rows, HEAD_DIM: tl.constexpr):
-    """Where a head has nothing to attend no program visits it: output 0, log-sum-exp -inf."""
-    dim = tl.arange(0, HEAD_DIM)
-    for problem in range(tl.program_id(0), problems, tl.num_programs(0)):
-        if tl.sum(tl.where(problem_index == problem, tiles, 0), axis=0) == 0:
-            for row in range(rows):
-                place = problem * rows + row
-                tl.store(output + place * HEAD_DIM + dim, tl.zeros([HEAD_DIM], tl.float32))
-                tl.store(lse_out + place, float("-inf"))
-
-
-@triton.jit
 def _attend(
     query,
     keys,
     values,
     key_scale,
     key_mean,
-    value_scale,
-    value_mean,
     entries,
     counts,
-    output,
-    lse_out,
     part_out,
     part_lse,
-    arrivals,
     scale_log2,
     problems,
     kv_heads,
     rows,
     row_blocks,
+    part_rows,
     tokens,
     list_size,
     groups,
@@ -95,7 +80,6 @@ def _attend(
     BLOCK_PROBLEMS: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
-    FEW_ROWS: tl.constexpr,
     AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -146,35 +130,13 @@ def _attend(
                 WIDTH, HEAD_DIM, BLOCK_R, BLOCK_N, STAGES, PRECISION,
             )  # fmt: skip
         acc = acc / weight[:, None]
-        lse = top + tl.log2(weight) + shift
-        first = group_of(head_start, used, total)
-        last = group_of(head_stop - 1, used, total)
-        value_scale_base = value_scale + head * HEAD_DIM if value_scale is not None else None
-        value_mean_base = value_mean + head * HEAD_DIM if value_scale is not None else None
-        if FEW_ROWS > 0 and first == last:
-            store_result(output, lse_out, acc, lse, problem, row, rows, value_scale_base, value_mean_base, HEAD_DIM)
-        else:
-            # Along the row of tiles group and problem only grow, and one of them grows from part to part: the sum is
-            # a slot of its own for every part.
-            place = (group + problem).to(tl.int64) * row_blocks * BLOCK_R + row
-            needed = row < FEW_ROWS if FEW_ROWS > 0 else row >= 0
-            tl.store(part_out + place[:, None] * HEAD_DIM + dim[None, :], acc, mask=needed[:, None])
-            tl.store(part_lse + place, lse, mask=needed)
-            if FEW_ROWS > 0:
-                tl.debug_barrier()
-                arrived = tl.atomic_add(arrivals + problem, 1, sem="acq_rel")
-                if arrived == last - first:
-                    joined, joined_lse = join_rows(
-                        part_out, part_lse, first + problem, last + problem, BLOCK_R, 0, FEW_ROWS, HEAD_DIM,
-                        max(1, 8192 // (FEW_ROWS * HEAD_DIM)),
-                    )  # fmt: skip
-                    store_result(
-                        output, lse_out, joined, joined_lse, problem, tl.arange(0, FEW_ROWS), rows, value_scale_base,
-                        value_mean_base, HEAD_DIM,
-                    )  # fmt: skip
+        # Along the row of tiles group and problem only grow, and one of them grows from part to part: the sum is a slot
+        # of its own for every part.
+        place = (group + problem).to(tl.int64) * part_rows + row
+        needed = row < part_rows
+        tl.store(part_out + place[:, None] * HEAD_DIM + dim[None, :], acc, mask=needed[:, None])
+        tl.store(part_lse + place, top + tl.log2(weight) + shift, mask=needed)
         tile = part_stop
-    if FEW_ROWS > 0:
-        _clear_empty(output, lse_out, tiles, problem_index, problems, rows, HEAD_DIM)
 
 
 @triton.jit
@@ -196,9 +158,10 @@ def _join_parts(
     BLOCK_N: tl.constexpr,
     BLOCK_PROBLEMS: tl.constexpr,
     ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """For many rows: a launch of its own joins the parts, which leaves the registers of `_attend` to its loop."""
+    """ROWS rows of a head: join what each group left. Output 0 and log-sum-exp -inf where the list is empty."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -215,7 +178,15 @@ def _join_parts(
         first = group_of(head_start, used, total)
         last = group_of(head_start + head_tiles - 1, used, total)
         joined, joined_lse = join_rows(
-            part_out, part_lse, first + problem, last + problem, part_rows, tl.program_id(0) * ROWS, ROWS, HEAD_DIM, 4
+            part_out,
+            part_lse,
+            first + problem,
+            last + problem,
+            part_rows,
+            tl.program_id(0) * ROWS,
+            ROWS,
+            HEAD_DIM,
+            PARTS,
         )
     else:
         joined = tl.zeros([ROWS, HEAD_DIM], tl.float32)
@@ -231,7 +202,6 @@ def attend_list(
     keys: Tensor,
     values: Tensor,
     work: WorkList,
-    arrivals: Tensor,
     scale: float,
     config: AttendConfig,
     scales: ChannelScales | None = None,
@@ -242,7 +212,6 @@ def attend_list(
         query: [B, Hk, rows, D] contiguous.
         keys, values: [Hk, N, D] contiguous, shared by all B questions.
         work: from `select_clusters`, made with `config.width`.
-        arrivals: [B * Hk] int64, zero (not read for more than `FEW_ROWS` rows).
         scale: softmax scale.
         scales: of keys and values stored in 8 bits.
 
@@ -251,68 +220,63 @@ def attend_list(
     """
     batch, kv_heads, rows, head_dim = query.shape
     problems = batch * kv_heads
-    block_rows = config.block_rows
-    row_blocks = triton.cdiv(rows, block_rows)
-    groups = max(1, dev.multiprocessors(query.device) * config.programs_per_multiprocessor // row_blocks)
-    few_rows = triton.next_power_of_2(rows) if rows <= dev.FEW_ROWS else 0
-    output = torch.empty(batch, kv_heads, rows, head_dim, dtype=torch.float32, device=query.device)
-    lse = torch.empty(batch, kv_heads, rows, dtype=torch.float32, device=query.device)
-    part_rows = (groups + problems) * row_blocks * block_rows
-    part_out = torch.empty(part_rows, head_dim, dtype=torch.float32, device=query.device)
-    part_lse = torch.empty(part_rows, dtype=torch.float32, device=query.device)
+    row_blocks = triton.cdiv(rows, config.block_rows)
+    programs = dev.multiprocessors(query.device) * config.programs_per_multiprocessor * config.waves
+    groups = max(1, programs // row_blocks)
+    join_block = 1 if rows <= dev.FEW_ROWS else 16
+    part_rows = triton.cdiv(rows, join_block) * join_block
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
+    output, lse = empty(batch, kv_heads, rows, head_dim), empty(batch, kv_heads, rows)
+    part_out, part_lse = empty(groups + problems, part_rows, head_dim), empty(groups + problems, part_rows)
+    launch = {"PDL": dev.has_dependent_launch(query.device), **dev.launch_options(query.device)}
+    tiling = {
+        "WIDTH": work.width,
+        "HEAD_DIM": head_dim,
+        "BLOCK_N": config.block_keys,
+        "BLOCK_PROBLEMS": triton.next_power_of_2(problems),
+    }
     _attend[(groups * row_blocks,)](
         query,
         keys,
         values,
-        *(scales or (None, None, None, None)),
+        *(scales[:2] if scales else (None, None)),
         work.entries,
         work.counts,
-        output,
-        lse,
         part_out,
         part_lse,
-        arrivals,
         scale * LOG2E,
         problems,
         kv_heads,
         rows,
         row_blocks,
+        part_rows,
         keys.shape[1],
         work.entries.shape[1],
         groups,
-        WIDTH=work.width,
-        HEAD_DIM=head_dim,
-        BLOCK_R=block_rows,
-        BLOCK_N=config.block_keys,
-        BLOCK_PROBLEMS=triton.next_power_of_2(problems),
+        BLOCK_R=config.block_rows,
         STAGES=config.stages,
         PRECISION=dev.dot_precision(query.dtype),
-        FEW_ROWS=few_rows,
         AHEAD=config.ahead,
-        PDL=dev.has_dependent_launch(query.device),
         num_warps=config.warps,
+        **tiling,
+        **launch,
         **({"maxnreg": config.registers} if config.registers else {}),
-        **dev.launch_options(query.device),
     )
-    if not few_rows:
-        _join_parts[(triton.cdiv(rows, 16), problems)](
-            *(scales[2:] if scales else (None, None)),
-            work.counts,
-            output,
-            lse,
-            part_out,
-            part_lse,
-            problems,
-            kv_heads,
-            rows,
-            row_blocks * block_rows,
-            groups,
-            WIDTH=work.width,
-            HEAD_DIM=head_dim,
-            BLOCK_N=config.block_keys,
-            BLOCK_PROBLEMS=triton.next_power_of_2(problems),
-            ROWS=16,
-            PDL=dev.has_dependent_launch(query.device),
-            **dev.launch_options(query.device),
-        )
+    _join_parts[(triton.cdiv(rows, join_block), problems)](
+        *(scales[2:] if scales else (None, None)),
+        work.counts,
+        output,
+        lse,
+        part_out,
+        part_lse,
+        problems,
+        kv_heads,
+        rows,
+        part_rows,
+        groups,
+        ROWS=join_block,
+        PARTS=max(1, 8192 // (head_dim * join_block)),
+        **tiling,
+        **launch,
+    )
     return output, lse

@@ -29,7 +29,7 @@ def select_keys(
     scale: float,
     config: AttendConfig,
     scales: ChannelScales | None = None,
-) -> tuple[WorkList, Tensor]:
+) -> WorkList:
     """Score and select level by level, coarsest first.
 
     Args:
@@ -42,20 +42,17 @@ def select_keys(
         scales: of centroids stored in 8 bits.
 
     Returns:
-        the list of keys, and zeroed int64 words for `attend_list`.
+        the list of keys.
     """
     batch, kv_heads, rows, _ = query.shape
     problems = batch * kv_heads
     score = score_few_rows if rows <= dev.FEW_ROWS else score_many_rows
     work: WorkList | None = None
-    arrivals: Tensor
     for level in reversed(range(len(centroids))):
         ids, id_counts = (work.entries, work.counts) if work else (None, None)
         capacity = centroids[level].shape[1] if ids is None else ids.shape[1]
-        status_words = problems * chunks_of(capacity)
-        scores: Scores = score(
-            query, centroids[level], sizes[level], scale, status_words + problems, ids, id_counts, scales
-        )
+        status_words = problems * chunks_of(capacity, rows if rows <= dev.FEW_ROWS else 1)
+        scores: Scores = score(query, centroids[level], sizes[level], scale, status_words, ids, id_counts, scales)
         finest = level == 0
         work = select_clusters(
             scores,
@@ -69,9 +66,8 @@ def select_keys(
             ids,
             id_counts,
         )
-        arrivals = scores.sync[status_words:]
     assert work is not None
-    return work, arrivals
+    return work
 
 
 @torch.library.custom_op("squeezed::attend_fixed", mutates_args=())
@@ -95,7 +91,7 @@ def _attend_fixed(
     grouped = query.reshape(batch, kv_heads, rows, head_dim).contiguous()
     config = attend_config(head_dim, rows, keys.dtype)
     channel_scales = ChannelScales(*scales) if scales else None
-    work, arrivals = select_keys(
+    work = select_keys(
         grouped,
         centroids,
         sizes,
@@ -107,7 +103,7 @@ def _attend_fixed(
         config,
         channel_scales,
     )
-    output, lse = attend_list(grouped, keys, values, work, arrivals, scale, config, channel_scales)
+    output, lse = attend_list(grouped, keys, values, work, scale, config, channel_scales)
     shape = (batch, q_heads, queries)
     return output.reshape(*shape, head_dim), lse.reshape(shape), work.kept.reshape(batch, kv_heads)
 

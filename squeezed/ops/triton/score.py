@@ -26,7 +26,7 @@ class Scores:
     Attributes:
         logits: [B * Hk, rows, capacity] float32, s q.C of each row; or log scores with rows = 1 if `part_max` is None.
         part_max, part_sum: [B * Hk, rows, splits] float32, log-sum-exp of each piece as maximum and scaled sum.
-        sync: int64 words for the selection and the attention that follow, already zero.
+        sync: int64 words for the selection that follows, already zero.
     """
 
     logits: Tensor
@@ -76,8 +76,7 @@ def _score_few_rows(
     problem = tl.program_id(1)
     head = problem % kv_heads
     if PDL:
-        if HAS_IDS:
-            tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if split == 0:
         clear_words(sync, sync_words, problem, tl.num_programs(1), 256)
@@ -192,6 +191,6 @@ def score_few_rows(
         PRECISION=dev.dot_precision(query.dtype),
         PDL=dev.has_dependent_launch(query.device),
         num_warps=warps,
-        **(dev.launch_options(query.device) if ids is not None else {}),
+        **dev.launch_options(query.device),
     )
     return Scores(logits, part_max, part_sum, sync)

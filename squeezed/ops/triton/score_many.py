@@ -53,8 +53,7 @@ def _reduce_product(
     problem = tl.program_id(2)
     head = problem % kv_heads
     if PDL:
-        if HAS_IDS or not ROWS_FIRST:
-            tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if ROWS_FIRST and (block == 0 and split == 0):
         clear_words(sync, sync_words, problem, tl.num_programs(2), 256)
@@ -131,8 +130,8 @@ def score_many_rows(
     *,
     block: int = 128,
     across: int | None = None,
-    stages: int = 3,
-    warps: int = 8,
+    stages: int = 2,
+    warps: int = 4,
 ) -> Scores:
     """Log scores of every centroid (or of those in `ids`), averaged over all rows. Arguments as `score_few_rows`."""
     if scales is not None:
@@ -183,6 +182,6 @@ def score_many_rows(
             PRECISION=dev.dot_precision(query.dtype),
             PDL=dev.has_dependent_launch(query.device),
             num_warps=warps,
-            **(options if ids is not None or not rows_first else {}),
+            **options,
         )
     return Scores(result, None, None, sync)

@@ -40,14 +40,14 @@ class WorkList:
     width: int
 
 
-def chunk_size(capacity: int) -> int:
+def chunk_size(capacity: int, rows: int) -> int:
     """Clusters per program: small enough to fill the machine, large enough that few programs wait for one another."""
-    return 512 if capacity <= 16384 else 1024
+    return 512 if capacity <= 16384 or rows > 1 else 1024
 
 
-def chunks_of(capacity: int) -> int:
+def chunks_of(capacity: int, rows: int) -> int:
     """Programs per head, each with a status word."""
-    return triton.cdiv(capacity, chunk_size(capacity))
+    return triton.cdiv(capacity, chunk_size(capacity, rows))
 
 
 def list_capacity(children: int, clusters: int, window: int, width: int) -> int:
@@ -92,6 +92,13 @@ def _select(
     chunk = tl.program_id(0)
     problem = tl.program_id(1)
     head = problem % kv_heads
+    index = chunk * CHUNK_SIZE + tl.arange(0, CHUNK_SIZE)
+    offset_base = offsets + head * (clusters + 1)
+    if not HAS_IDS:
+        # Nothing that the scoring writes: read while it still runs.
+        first = tl.load(offset_base + index, mask=index < clusters, other=0)
+        end = tl.load(offset_base + index + 1, mask=index < clusters, other=0)
+    threshold = tl.load(log_thresholds + level)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -101,8 +108,11 @@ def _select(
     last_chunk = tl.maximum(tl.cdiv(count, CHUNK_SIZE), 1) - 1
     if chunk <= last_chunk:
         row = tl.arange(0, BLOCK_R)
-        index = chunk * CHUNK_SIZE + tl.arange(0, CHUNK_SIZE)
         inside = index < count
+        if HAS_IDS:
+            cluster = tl.load(ids + problem.to(tl.int64) * capacity + index, mask=inside, other=0)
+            first = tl.load(offset_base + cluster, mask=inside, other=0)
+            end = tl.load(offset_base + cluster + 1, mask=inside, other=0)
         score = tl.load(
             logits + (problem.to(tl.int64) * rows + row[:, None]) * capacity + index[None, :],
             mask=(row < rows)[:, None] & inside[None, :],
@@ -124,12 +134,6 @@ def _select(
             mean = tl.sum(tl.exp(score - safe_peak[None, :]), axis=0) / rows
             peak = safe_peak + tl.log(mean)
 
-        threshold = tl.load(log_thresholds + level)
-        cluster = index
-        if HAS_IDS:
-            cluster = tl.load(ids + problem.to(tl.int64) * capacity + index, mask=inside, other=0)
-        first = tl.load(offsets + head * (clusters + 1) + cluster, mask=inside, other=0)
-        end = tl.load(offsets + head * (clusters + 1) + cluster + 1, mask=inside, other=0)
         size = tl.where(peak > threshold, end - first, 0)
         runs = (size + (WIDTH - 1)) // WIDTH
         ends = tl.cumsum(runs, axis=0)
@@ -193,7 +197,7 @@ def select_clusters(
 
     Args:
         scores: of this level.
-        status: [B * Hk * chunks_of(capacity)] int64, zero.
+        status: [B * Hk * chunks_of(capacity, rows)] int64, zero.
         offsets: [Hk, K + 1] int32 CSR.
         children: most children that the clusters of a head have together.
         log_thresholds: [levels] float32 on the device; `level` picks one.
@@ -204,7 +208,7 @@ def select_clusters(
     problems, rows, capacity = scores.logits.shape
     kv_heads, clusters = offsets.shape[0], offsets.shape[1] - 1
     splits = 1 if scores.part_max is None else scores.part_max.shape[2]
-    chunks = chunks_of(capacity)
+    chunks = chunks_of(capacity, rows)
     list_size = list_capacity(children, clusters, window[1] - window[0], width)
     entries = torch.empty(problems, list_size, dtype=torch.int32, device=offsets.device)
     counts, kept = torch.empty(2, problems, dtype=torch.int32, device=offsets.device)
@@ -236,8 +240,8 @@ def select_clusters(
         BLOCK_R=triton.next_power_of_2(rows),
         BLOCK_SPLITS=triton.next_power_of_2(splits),
         BLOCK_CHUNKS=triton.next_power_of_2(chunks),
-        CHUNK_SIZE=chunk_size(capacity),
-        LOG_CHUNK=chunk_size(capacity).bit_length() - 1,
+        CHUNK_SIZE=chunk_size(capacity, rows),
+        LOG_CHUNK=chunk_size(capacity, rows).bit_length() - 1,
         SLOTS=slots,
         PDL=dev.has_dependent_launch(offsets.device),
         num_warps=warps * (1 if rows <= 4 else 2),
