@@ -260,7 +260,9 @@ def load(folder: Path, verify: bool = True) -> FixedContext:
         curves = ThresholdCurves(found["sparsities"], found["query_counts"], found["log_thresholds"])
         ids = found["ids"]
     except KeyError as error:
-        raise InputError(f"{folder} is damaged: {error} is missing from its manifest; build the context again") from error
+        raise InputError(
+            f"{folder} is damaged: {error} is missing from its manifest; build the context again"
+        ) from error
     return FixedContext(
         layers=layers,
         curves=curves,
@@ -304,3 +306,46 @@ def _layer(entry: _Layer, tensors: dict[str, Tensor]) -> ClusteredKeys | Sliding
         for i in range(entry.levels)
     )
     return ClusteredKeys(tensors["keys"], tensors["values"], tensors["positions"], levels, entry.clustered)
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What the artefact in `folder` holds, after every tensor was compared with its checksum.
+
+    Raises:
+        InputError: as :func:`load`.
+    """
+    manifest, context = read_manifest(folder), load(folder, verify=True)
+    layers = []
+    for i, (entry, layer) in enumerate(zip(manifest.layers, context.layers, strict=True)):
+        squeezed = isinstance(layer, ClusteredKeys)
+        described = {"layer": i, "kind": "squeezed" if squeezed else f"sliding window of {entry.sliding_window}"}
+        described |= {"clusters": [], "cluster_sizes": "", "tensors": len(manifest.files[entry.file].tensors)}
+        if isinstance(layer, ClusteredKeys):
+            counts = [(level.sizes > 0).sum(-1) for level in layer.levels]
+            sizes = layer.levels[0].sizes[layer.levels[0].sizes > 0]
+            described["clusters"] = [
+                f"{int(c.min())}" if int(c.min()) == int(c.max()) else f"{int(c.min())} to {int(c.max())}"
+                for c in counts
+            ]
+            described["cluster_sizes"] = f"{int(sizes.min())} to {int(sizes.max())}"
+        layers.append(described)
+    curves = context.curves
+    return {
+        "folder": str(folder),
+        "format": manifest.format,
+        "created": manifest.created,
+        "squeezed": manifest.squeezed,
+        "model": manifest.model,
+        "config": manifest.config.to_dict(),
+        "tokens": context.tokens,
+        "bytes": sum(path.stat().st_size for path in folder.iterdir()),
+        "kv_bytes": context.kv_bytes,
+        "parts": [{"name": p.name, "characters": p.characters, "tokens": p.tokens} for p in manifest.parts],
+        "layers": layers,
+        "thresholds": {
+            "sparsities": curves.sparsities.tolist(),
+            "query_counts": curves.query_counts.tolist(),
+            "finest": curves.log_thresholds[0].T.tolist(),
+        },
+        "checksums": "good",
+    }

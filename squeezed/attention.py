@@ -65,62 +65,64 @@ def attend_fixed(query: Tensor, layer: FixedLayer, real: list[slice] | None, sca
     Queries of a question are taken in blocks that share a selection. Blocks start at each question's own first token,
     never at its padding, so that a question's answer does not depend on its batch neighbours.
     """
+    if layer.observed is not None:
+        layer.observed.append(query)
     queries, block = query.shape[2], layer.selection.block
     if real is None and queries <= block:
-        return _attend_block(query, layer, scale)
+        return _attend_block(query, layer, slice(None), scale)
     output = query.new_zeros(query.shape, dtype=torch.float32)
     lse = query.new_full(query.shape[:3], float("-inf"), dtype=torch.float32)
     for row in range(query.shape[0]):
         span = real[row] if real else slice(0, queries)
         for first in range(span.start, span.stop, block):
             part = (slice(row, row + 1), slice(None), slice(first, min(first + block, span.stop)))
-            output[part], lse[part] = _attend_block(query[part], layer, scale)
+            output[part], lse[part] = _attend_block(query[part], layer, part[0], scale)
     return output, lse
 
 
-def _attend_block(query: Tensor, layer: FixedLayer, scale: float) -> tuple[Tensor, Tensor]:
-    """One selection for all M queries: score and select level by level, coarsest first, then attend."""
+def _attend_block(query: Tensor, layer: FixedLayer, rows: slice, scale: float) -> tuple[Tensor, Tensor]:
+    """One selection for all M queries: score and select level by level, coarsest first, then attend.
+
+    `rows` says which questions of the batch these are, for the record of what was read.
+    """
     ops, index, selection = backend(query), layer.index, layer.selection
     window = (index.clustered, layer.window_end)
     finest = index.levels[0]
     if selection.curves is None or selection.sparsity == 0:
-        _record(layer, query, None, [])
+        offered = torch.full((query.shape[0], index.keys.shape[0]), index.clustered, device=query.device)
+        _record(layer, query, rows, offered, [])
         return ops.attend_selected(query, index.keys, index.values, finest.offsets, None, window, scale)
     thresholds = selection.curves.at(selection.sparsity, query.shape[2])
     allowed: Tensor | None = None
-    seen: list[Tensor | None] = []
+    looked_at: list[Tensor] = []
     for level in reversed(range(len(index.levels))):
         found = index.levels[level]
-        seen.append(allowed)
+        looked_at.append((found.sizes > 0).expand(query.shape[0], -1, -1) if allowed is None else allowed)
         scores = ops.score_centroids(query, found.centroids, found.sizes, scale, allowed)
         selected = ops.select_clusters(scores, thresholds[level])
         if level > 0:
             allowed = ops.expand_to_children(selected, found.offsets, index.levels[level - 1].shape[1])
-    _record(layer, query, ops.kept_keys(selected, finest.sizes), seen)
+    _record(layer, query, rows, ops.kept_keys(selected, finest.sizes), looked_at)
     return ops.attend_selected(query, index.keys, index.values, finest.offsets, selected, window, scale)
 
 
-def _record(layer: FixedLayer, query: Tensor, kept: Tensor | None, seen: list[Tensor | None]) -> None:
-    """Add what a block read; `seen` is the centroids looked at per level, coarsest first (None is all of them)."""
+def _record(layer: FixedLayer, query: Tensor, rows: slice, kept: Tensor, looked_at: list[Tensor]) -> None:
+    """Add what a block read: `kept` keys [B, Hk], and the centroids looked at on each level [B, Hk, K] bool."""
     index = layer.index
-    batch, kv_heads = query.shape[0], index.keys.shape[0]
+    kv_heads = index.keys.shape[0]
     row_bytes = index.keys.shape[-1] * index.keys.element_size()
-    offered = batch * kv_heads * index.clustered
-    total = offered if kept is None else kept.sum()
-    window = batch * kv_heads * (layer.window_end - index.clustered)
-    centroids: Tensor | int = 0
-    for allowed, level in zip(seen, reversed(index.levels), strict=False):  # dense looks at no centroids
-        centroids = centroids + (batch * kv_heads * level.shape[1] if allowed is None else allowed.sum())
+    counts = kept.sum(-1, dtype=torch.float64)
+    centroids = sum((level.sum((-1, -2), dtype=torch.float64) for level in looked_at), torch.zeros_like(counts))
+    window = kv_heads * (layer.window_end - index.clustered)
+    offered = torch.full_like(counts, kv_heads * index.clustered)
     usage = Usage(
-        kept=total,
+        kept=counts,
         offered=offered,
-        bytes_read=(2 * (total + window) + centroids) * row_bytes,
+        bytes_read=(2 * (counts + window) + centroids) * row_bytes,
         bytes_full=2 * (offered + window) * row_bytes,
     )
-    if query.shape[2] > 1:
-        layer.prefill = layer.prefill + usage
-    else:
-        layer.decode = layer.decode + usage
+    record = layer.prefill if query.shape[2] > 1 else layer.decode
+    record.add(rows, usage)
 
 
 def attend_own(

@@ -14,30 +14,58 @@ from squeezed.ops.layout import ClusteredKeys
 
 @dataclass
 class Usage:
-    """What one cache has read of its layers' fixed contexts; counts stay on the device until they are asked for."""
+    """What a cache has read of its layers' fixed contexts; counts stay on the device until they are asked for.
+
+    Attributes:
+        kept, offered: clustered keys attended, and those there were.
+        bytes_read, bytes_full: bytes read, and those of the full KV.
+        All are [B] float64, or 0 before anything was read.
+    """
 
     kept: Tensor | int = 0
-    offered: int = 0
+    offered: Tensor | int = 0
     bytes_read: Tensor | int = 0
-    bytes_full: int = 0
+    bytes_full: Tensor | int = 0
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(
-            self.kept + other.kept,
-            self.offered + other.offered,
-            self.bytes_read + other.bytes_read,
-            self.bytes_full + other.bytes_full,
-        )
+        return Usage(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def __sub__(self, other: Usage) -> Usage:
+        return Usage(*(a - b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def add(self, rows: slice, other: Usage) -> None:
+        """Count `other`, which was read by `rows` of the batch."""
+        for name, value in vars(other).items():
+            mine = getattr(self, name)
+            if rows == slice(None):
+                setattr(self, name, mine + value)
+                continue
+            if isinstance(mine, int) or mine.shape[0] < rows.stop:
+                grown = torch.zeros(rows.stop, dtype=value.dtype, device=value.device)
+                if not isinstance(mine, int):
+                    grown[: mine.shape[0]] = mine
+                mine = grown
+            mine[rows] += value
+            setattr(self, name, mine)
+
+    def question(self, row: int) -> Usage:
+        """The share of one question of the batch."""
+        return Usage(*(value if isinstance(value, int) else value[row] for value in vars(self).values()))
 
     @property
     def kept_fraction(self) -> float:
         """Share of the clustered keys that were attended; 1 minus the realised sparsity."""
-        return float(self.kept) / self.offered if self.offered else 1.0
+        return _ratio(self.kept, self.offered)
 
     @property
     def kv_budget(self) -> float:
         """Bytes read over bytes of the full KV: kept keys and values, the window, and the centroids looked at."""
-        return float(self.bytes_read) / self.bytes_full if self.bytes_full else 1.0
+        return _ratio(self.bytes_read, self.bytes_full)
+
+
+def _ratio(part: Tensor | int, whole: Tensor | int) -> float:
+    total = float(torch.as_tensor(whole).sum())
+    return float(torch.as_tensor(part).sum()) / total if total else 1.0
 
 
 @dataclass(frozen=True)
@@ -64,6 +92,7 @@ class FixedLayer(DynamicLayer):
         selection: how to select from it.
         window_end: fixed tokens in use, N less those that tokenise differently before this question.
         prefill, decode: what was read, by queries of the question and by generated tokens.
+        observed: when a list, the queries [B, Hq, M, D] that come by are appended to it.
     """
 
     index: ClusteredKeys
@@ -71,6 +100,7 @@ class FixedLayer(DynamicLayer):
     window_end: int
     prefill: Usage = field(default_factory=Usage)
     decode: Usage = field(default_factory=Usage)
+    observed: list[Tensor] | None = None
 
     def __post_init__(self) -> None:
         super().__init__()

@@ -82,29 +82,32 @@ def cluster_layer(keys: Tensor, values: Tensor, config: BuildConfig) -> Clustere
 
     Args:
         keys, values: [kv_heads, tokens, head_dim]; keys after RoPE, in text order.
-        config: shares, levels, window.
+        config: shares, levels, sinks, window.
 
     Returns:
         The layer's index; its tensors are new, so that the caller may free `keys` and `values`.
     """
-    _, tokens, dim = keys.shape
-    clustered = tokens - config.window
-    fine = max(1, round(config.clusters * clustered))
-    labels = [kmeans(keys[:, :clustered], fine, config.iterations)]
-    count = fine
+    dim = keys.shape[-1]
+    first, last = config.sinks, keys.shape[1] - config.window
+    inner = keys[:, first:last]
+    count = max(1, round(config.clusters * (last - first)))
+    labels = [kmeans(inner, count, config.iterations)]
     for _ in range(1, config.levels):
-        centroids, sizes = _means(keys[:, :clustered], _compose(labels), count)
+        centroids, sizes = _means(inner, _compose(labels), count)
         count = max(1, round(count / COARSENING))
         labels.append(kmeans(centroids, count, config.iterations, weights=sizes))
     order = _nested_order(labels)
-    gather = order.unsqueeze(-1).expand(-1, -1, dim)
-    window_keys, window_values = keys[:, clustered:], values[:, clustered:]
+
+    def lay_out(rows: Tensor) -> Tensor:
+        clustered = rows[:, first:last].gather(1, order.unsqueeze(-1).expand(-1, -1, dim))
+        return torch.cat([clustered, rows[:, :first], rows[:, last:]], dim=1)
+
     return ClusteredKeys(
-        keys=torch.cat([keys[:, :clustered].gather(1, gather), window_keys], dim=1),
-        values=torch.cat([values[:, :clustered].gather(1, gather), window_values], dim=1),
-        positions=order.int(),
-        levels=build_levels(keys[:, :clustered], labels, order),
-        clustered=clustered,
+        keys=lay_out(keys),
+        values=lay_out(values),
+        positions=(order + first).int(),
+        levels=build_levels(inner, labels, order),
+        clustered=last - first,
     )
 
 

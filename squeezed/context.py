@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from squeezed import template
+from squeezed.attention import attached
 from squeezed.cache import FixedLayer, FixedSlidingLayer, Selection, SqueezedCache
 from squeezed.calibration import ThresholdCurves, calibrate
 from squeezed.clustering import cluster_layer
@@ -23,6 +24,18 @@ from squeezed.prefill import prefill
 from squeezed.text import Part, locate_parts, read_files
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
+
+# General questions whose queries calibrate, see squeezed.calibration: as unlike one another as users' questions are, and
+# one long enough to calibrate selections shared by 64 queries.
+PROBES = (
+    "What is this text about?",
+    "Who is mentioned first, and what did they do? Answer in one sentence.",
+    "List three facts from the text, with the numbers and dates that it gives for them.",
+    "I have read the text above only once and need your help. Please look for the passage that says how things are "
+    "supposed to work, compare it with what actually happened according to the rest of the text, and then tell me in a "
+    "few short sentences what I should do next, where I can read more about it, and whom I could ask if something is "
+    "still unclear to me.",
+)
 
 
 @dataclass(frozen=True)
@@ -121,10 +134,9 @@ class FixedContext:
             on_progress("cluster", i + 1, len(modules))
         squeezed = [layer for layer in layers if isinstance(layer, ClusteredKeys)]
         scales = [_scale(m) for m, layer in zip(modules, layers, strict=True) if isinstance(layer, ClusteredKeys)]
-        curves = calibrate(squeezed, queries, scales, lambda done, total: on_progress("calibrate", done, total))
-        return cls(
+        context = cls(
             layers=tuple(layers),
-            curves=curves,
+            curves=ThresholdCurves.keep_everything(config.levels),
             ids=torch.tensor(prefix.ids),
             seam=prefix.seam,
             parts=tuple(locate_parts(parts, prefix.spans, head)),
@@ -133,6 +145,23 @@ class FixedContext:
             model=model_identity(model),
             tokenizer=tokenizer_identity(tokenizer),
         )
+        segments = [[window] for window in queries]
+        if chat and config.calibration == "questions":
+            segments = context._observe_probes(model, tokenizer)
+        curves = calibrate(squeezed, segments, scales, lambda done, total: on_progress("calibrate", done, total))
+        return replace(context, curves=curves)
+
+    def _observe_probes(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[list[Tensor]]:
+        """Per squeezed layer, the queries of each of PROBES asked of this context, every key attended."""
+        observed: list[list[Tensor]] = [[] for _ in self.squeezed_layers]
+        for probe in PROBES:
+            inputs = self.inputs(tokenizer, [probe], dense=True, device=model.device)
+            cache: SqueezedCache = inputs["past_key_values"]
+            for layer, queries in zip(cache.fixed_layers, observed, strict=True):
+                layer.observed = queries
+            with torch.no_grad(), attached(model):
+                model.get_decoder()(**inputs, use_cache=True)
+        return [[query[0] for query in queries] for queries in observed]
 
     @property
     def tokens(self) -> int:
@@ -261,7 +290,10 @@ class FixedContext:
         if not questions or any(not question.strip() for question in questions):
             raise InputError("a question is empty; ask something")
         given_up, ids = self.encode(tokenizer, [[{"role": "user", "content": q}] for q in questions])
-        return {**pad_left(ids, self.tokens - given_up, tokenizer, device), "past_key_values": self.cache(sparsity, dense, given_up)}
+        return {
+            **pad_left(ids, self.tokens - given_up, tokenizer, device),
+            "past_key_values": self.cache(sparsity, dense, given_up),
+        }
 
     def room(self, model: PreTrainedModel) -> int | None:
         """Tokens that fit after the fixed context; None if the model sets no limit."""
@@ -284,11 +316,11 @@ def pad_left(
 
 
 def _check_length(tokens: int, config: BuildConfig) -> None:
-    needed = config.window + max(2, round(1 / config.clusters))
+    needed = config.sinks + config.window + max(2, round(1 / config.clusters))
     if tokens < needed:
         raise InputError(
-            f"the text is {tokens} tokens long: expected at least {needed}, a window of {config.window} and one cluster; "
-            "a text this short needs no squeezing"
+            f"the text is {tokens} tokens long: expected at least {needed}, a window of {config.window} and "
+            "one cluster; a text this short needs no squeezing"
         )
 
 

@@ -199,3 +199,11 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
         content.pop("padding", None)  # both change with use, not with the tokenizer
         content.pop("truncation", None)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def kv_bytes_per_token(model: PreTrainedModel) -> int:
+    """Bytes of keys and values that one token adds to the squeezed layers."""
+    text = model.config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return len(plan_layers(model).squeezed) * 2 * kv_heads * head_dim * torch.empty(0, dtype=model.dtype).element_size()

@@ -37,16 +37,18 @@ class ClusterLevel:
 
 @dataclass(frozen=True)
 class ClusteredKeys:
-    """One layer's fixed context: keys and values cluster by cluster, then the observation window in text order.
+    """One layer's fixed context: keys and values cluster by cluster, then what is always attended, in text order.
 
     RoPE is in the keys already, so their order is free; cluster-contiguous order turns a selected cluster into one run
     of memory, and the clusters of a coarse cluster into one run of centroids.
 
     Attributes:
-        keys, values: [kv_heads, tokens, head_dim]; the first `clustered` tokens are permuted, the rest are the window.
+        keys, values: [kv_heads, tokens, head_dim]; the first `clustered` tokens are permuted. Behind them lie the
+            attention sinks (the text's first tokens, if they are kept out of the clusters) and the observation window;
+            the operations treat both as one window.
         positions: [kv_heads, clustered] int32, place in the text of each permuted key (for inspection).
         levels: finest first; at least one.
-        clustered: number of keys in clusters, n = N - w.
+        clustered: number of keys in clusters, n = N - w - sinks.
     """
 
     keys: Tensor

@@ -1,0 +1,273 @@
+"""Asking: from questions to answers, with what they cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+)
+
+from squeezed.attention import attached
+from squeezed.cache import SqueezedCache, Usage
+from squeezed.context import FixedContext, pad_left
+from squeezed.errors import InputError
+from squeezed.template import Message, common_prefix
+
+OnText = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are generated.
+
+    Attributes:
+        max_new_tokens: longest answer in tokens; less if the model has no positions left.
+        temperature: 0 is greedy, above it samples.
+        top_p: nucleus to sample from.
+        seed: of the sampling; None leaves torch's generator alone.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InputError(f"max-new-tokens is {self.max_new_tokens}: expected at least 1")
+        if self.temperature < 0:
+            raise InputError(f"temperature is {self.temperature}: expected 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top-p is {self.top_p}: expected above 0 and at most 1")
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for `generate`."""
+        if self.temperature == 0:
+            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if self.seed is not None:
+            torch.manual_seed(self.seed)
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question's answer.
+
+    Attributes:
+        tokens: number of generated tokens.
+        prefill, decode: what the question's and the generated tokens read of the fixed context. In a batch a short
+            answer goes on reading until the longest has ended.
+        seconds: `first_token`, from the question to its first token; `generate`, the rest; `total`.
+    """
+
+    question: str
+    text: str
+    tokens: int
+    prefill: Usage
+    decode: Usage
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def kept_fraction(self) -> float:
+        """Share of the clustered keys attended, question and answer together."""
+        return (self.prefill + self.decode).kept_fraction
+
+    @property
+    def kv_budget(self) -> float:
+        """Bytes read over bytes of the full KV, question and answer together."""
+        return (self.prefill + self.decode).kv_budget
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "question": self.question,
+            "answer": self.text,
+            "tokens": self.tokens,
+            "kept_fraction": round(self.kept_fraction, 5),
+            "kv_budget": round(self.kv_budget, 5),
+            "kept_fraction_prefill": round(self.prefill.kept_fraction, 5),
+            "kept_fraction_decode": round(self.decode.kept_fraction, 5) if self.tokens > 1 else None,
+            "seconds": {name: round(value, 4) for name, value in self.seconds.items()},
+        }
+
+
+def ask(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    context: FixedContext,
+    questions: Sequence[str],
+    sparsity: float = 0.9,
+    dense: bool = False,
+    decoding: Decoding | None = None,
+    on_text: OnText | None = None,
+) -> list[Answer]:
+    """Answer several questions at once, each as if alone, in a left-padded batch over the one context.
+
+    Args:
+        on_text: called with each new piece of the answer as it is generated; for a single question only.
+
+    Raises:
+        InputError: an empty question, one that does not fit the model's positions, sparsity outside 0 to 1.
+    """
+    inputs = context.inputs(tokenizer, questions, sparsity, dense, model.device)
+    return _generate(model, tokenizer, context, questions, inputs, decoding or Decoding(), on_text)[0]
+
+
+class Conversation:
+    """Follow-up questions on one context: each turn reads the earlier ones from its own small cache."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        context: FixedContext,
+        sparsity: float = 0.9,
+        dense: bool = False,
+        decoding: Decoding | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.context = model, tokenizer, context
+        self.sparsity, self.dense, self.decoding = sparsity, dense, decoding or Decoding()
+        self.turns: list[Message] = []
+        self._cache: SqueezedCache | None = None
+        self._own: list[int] = []  # the tokens in the cache's own part
+        self._given_up = 0
+
+    def ask(self, question: str, on_text: OnText | None = None) -> Answer:
+        """Answer the next turn; see :func:`ask`."""
+        if not question.strip():
+            raise InputError("a question is empty; ask something")
+        turns = [*self.turns, {"role": "user", "content": question}]
+        given_up, (ids,) = self.context.encode(self.tokenizer, [turns])
+        cache, seen = self._continue(given_up, ids)
+        inputs = pad_left([ids[seen:]], cache.fixed_tokens + seen, self.tokenizer, self.model.device)
+        before = (cache.prefill_usage, cache.decode_usage)
+        answers, generated = _generate(
+            self.model,
+            self.tokenizer,
+            self.context,
+            [question],
+            {**inputs, "past_key_values": cache},
+            self.decoding,
+            on_text,
+            before,
+        )
+        # The last generated token was never fed back, so it is not in the cache.
+        self._cache, self._given_up = cache, given_up
+        self._own = (ids + generated[0])[: cache.get_seq_length() - cache.fixed_tokens]
+        self.turns = [*turns, {"role": "assistant", "content": answers[0].text}]
+        return answers[0]
+
+    def _continue(self, given_up: int, ids: list[int]) -> tuple[SqueezedCache, int]:
+        """The cache cut back to the tokens that still agree, and their number; at least one token is left to feed."""
+        if self._cache is None or given_up != self._given_up or any(layer.is_sliding for layer in self._cache.layers):
+            return self.context.cache(self.sparsity, self.dense, given_up), 0
+        seen = min(common_prefix(self._own, ids), len(ids) - 1)
+        if seen < len(self._own):
+            for layer in self._cache.layers:
+                layer.crop(seen - len(self._own))
+        return self._cache, seen
+
+
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    context: FixedContext,
+    questions: Sequence[str],
+    inputs: dict[str, Any],
+    decoding: Decoding,
+    on_text: OnText | None,
+    before: tuple[Usage, Usage] | None = None,
+) -> tuple[list[Answer], list[list[int]]]:
+    cache: SqueezedCache = inputs["past_key_values"]
+    length = inputs["input_ids"].shape[1]
+    clock = _Clock()
+    start = time.perf_counter()
+    stops = _stop_tokens(model, tokenizer)
+    with torch.inference_mode(), attached(model):
+        output = model.generate(
+            **inputs,
+            **decoding.arguments(),
+            max_new_tokens=_new_tokens(model, context, questions, length + cache.get_seq_length(), decoding),
+            eos_token_id=stops or None,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0],
+            logits_processor=LogitsProcessorList([clock]),
+            streamer=_Streamer(tokenizer, on_text) if on_text and len(questions) == 1 else None,
+        )
+        generated = [_until_stop(row[length:].tolist(), stops) for row in output]
+    end = time.perf_counter()
+    seconds = {"first_token": clock.first - start, "generate": end - clock.first, "total": end - start}
+    prefill, decode = cache.prefill_usage, cache.decode_usage
+    if before is not None:
+        prefill, decode = prefill - before[0], decode - before[1]
+    answers = [
+        Answer(
+            question=question,
+            text=tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+            tokens=len(tokens),
+            prefill=prefill.question(row),
+            decode=decode.question(row),
+            seconds=seconds,
+        )
+        for row, (question, tokens) in enumerate(zip(questions, generated, strict=True))
+    ]
+    return answers, generated
+
+
+class _Clock(LogitsProcessor):
+    """Notes when the first token's logits were there."""
+
+    def __init__(self) -> None:
+        self.first = 0.0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if not self.first:
+            if scores.is_cuda:
+                torch.cuda.synchronize(scores.device)
+            self.first = time.perf_counter()
+        return scores
+
+
+class _Streamer(TextStreamer):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: OnText) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self._on_text(text)
+
+
+def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    found = model.generation_config.eos_token_id
+    listed = found if isinstance(found, list) else [] if found is None else [found]
+    return sorted({*listed, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
+
+
+def _until_stop(tokens: list[int], stops: list[int]) -> list[int]:
+    for i, token in enumerate(tokens):
+        if token in stops:
+            return tokens[: i + 1]
+    return tokens
+
+
+def _new_tokens(
+    model: PreTrainedModel, context: FixedContext, questions: Sequence[str], used: int, decoding: Decoding
+) -> int:
+    room = context.room(model)
+    if room is None:
+        return decoding.max_new_tokens
+    left = context.tokens + room - used
+    if left < 1:
+        raise InputError(
+            f"the context and the question take {used} tokens, {1 - left} more than fit the model's "
+            f"{context.tokens + room} positions; ask something shorter, or begin a new conversation"
+        )
+    return min(decoding.max_new_tokens, left)

@@ -1,0 +1,64 @@
+"""The `squeeze` command. Thin: each command reads its arguments, calls the library and prints."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+# The compiled CPU loops and torch have an OpenMP pool each. Threads that spin while they wait would keep the other
+# pool's from running, so they sleep instead; this has to be said before torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import typer
+from rich.console import Console
+
+from squeezed.errors import InputError
+
+app = typer.Typer(
+    name="squeeze",
+    help="Ask many questions of one long text: prepared once, each answer reads only what matters.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+bench_app = typer.Typer(help="Time attention and generation against the fastest dense way here.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
+output = Console()
+messages = Console(stderr=True)
+
+
+def main() -> None:
+    """Entry point: 0 on success, 2 and one line on bad usage or bad input."""
+    from squeezed.cli import ask, bench, build, inspect, roofline  # noqa: F401  (each registers its command)
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app(standalone_mode=False)
+    except InputError as error:
+        _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; nothing half-written was left behind")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        # typer's own usage errors; some of its versions bring their own copy of click, so the class can't be named.
+        if not hasattr(error, "format_message"):
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            sys.exit(2)  # the help is on the screen already
+        _fail(f"{error.format_message()} See squeeze --help.")
+
+
+def _fail(line: str) -> None:
+    messages.print(f"squeeze: {' '.join(line.split())}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(2)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,113 @@
+"""squeeze ask, squeeze demo"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from squeezed.cli import app, messages, output
+from squeezed.cli.options import Device, DType, JsonFlag, load
+
+
+@app.command()
+def ask(
+    context: Annotated[Path, typer.Argument(help="Folder that squeeze build wrote.")],
+    questions: Annotated[
+        list[str] | None, typer.Argument(help="Questions; none starts a conversation on standard input.")
+    ] = None,
+    sparsity: Annotated[float, typer.Option(help="Share of the keys to leave out, 0 to 1.")] = 0.9,
+    dense: Annotated[bool, typer.Option("--dense", help="Attend to everything, for comparison.")] = False,
+    as_json: JsonFlag = False,
+    follow_up: Annotated[bool, typer.Option("--follow-up", help="Questions are turns of one conversation.")] = False,
+    batch: Annotated[bool, typer.Option("--batch", help="Answer all questions at once.")] = False,
+    model: Annotated[str | None, typer.Option(help="Where the model is now, if it has moved.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; above it samples.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus to sample from.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
+    verify: Annotated[bool, typer.Option(help="Compare checksums before answering.")] = True,
+    device: Device = "auto",
+    dtype: DType = "auto",
+) -> None:
+    """Ask questions of a prepared context."""
+    from squeezed import answer
+    from squeezed.artifact import load as load_context
+    from squeezed.artifact import read_manifest
+    from squeezed.config import check_sparsity
+    from squeezed.errors import InputError
+
+    check_sparsity(sparsity)
+    decoding = answer.Decoding(max_new_tokens, temperature, top_p, seed)
+    if batch and follow_up:
+        raise InputError("--batch and --follow-up exclude each other: turns of a conversation come one after another")
+    manifest = read_manifest(context)
+    source = model or manifest.model.get("source")
+    if source is None:
+        raise InputError(f"{context} does not say where its model is; pass --model")
+    fixed = load_context(context, verify)
+    lm, tokenizer = load(source, device, dtype if dtype != "auto" else manifest.model["dtype"])
+    fixed.check_belongs_to(lm, tokenizer)
+    fixed = fixed.to(lm.device) if lm.device.type != "cpu" else fixed
+
+    def show(result: answer.Answer) -> None:
+        if as_json:
+            print(json.dumps(result.to_dict()), flush=True)
+        else:
+            output.print(f"[dim]{_cost(result)}[/dim]")
+
+    stream = None if as_json else _write
+    if batch and questions:
+        for result in answer.ask(lm, tokenizer, fixed, questions, sparsity, dense, decoding):
+            if not as_json:
+                output.print(f"[bold]{result.question}[/bold]\n{result.text}", highlight=False)
+            show(result)
+        return
+    conversation = answer.Conversation(lm, tokenizer, fixed, sparsity, dense, decoding)
+    for question in questions or _typed():
+        if not as_json and questions:
+            output.print(question, style="bold", markup=False, highlight=False)
+        if follow_up or not questions:
+            result = conversation.ask(question, stream)
+        else:
+            result = answer.ask(lm, tokenizer, fixed, [question], sparsity, dense, decoding, stream)[0]
+        if not as_json:
+            print()
+        show(result)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _typed() -> Any:
+    """Questions from standard input, with a prompt if a person types them."""
+    interactive = sys.stdin.isatty()
+    while True:
+        if interactive:
+            messages.print("ask> ", end="", style="bold")
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _cost(result: Any) -> str:
+    seconds = result.seconds
+    return (
+        f"kept {result.kept_fraction:.1%} of the keys, KV budget {result.kv_budget:.3f}, "
+        f"first token {seconds['first_token']:.2f} s, {result.tokens} tokens in {seconds['total']:.2f} s"
+    )
+
+
+@app.command()
+def demo(sparsity: Annotated[float, typer.Option(help="Share of the keys to leave out, 0 to 1.")] = 0.9) -> None:
+    """Prepare a small manual with SmolLM2-135M and ask it five questions, dense and squeezed."""
+    from squeezed.demo.run import run
+
+    run(sparsity, output, messages)

@@ -1,0 +1,57 @@
+"""squeeze inspect"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from squeezed.cli import app, output
+from squeezed.cli.options import JsonFlag
+
+
+@app.command()
+def inspect(
+    context: Annotated[Path, typer.Argument(help="Folder that squeeze build wrote.")], as_json: JsonFlag = False
+) -> None:
+    """Show what a prepared context holds, and check every tensor against its checksum."""
+    from squeezed.artifact import describe
+
+    found = describe(context)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    _show(found)
+
+
+def _show(found: dict[str, Any]) -> None:
+    model = found["model"]
+    output.print(f"[bold]{found['folder']}[/bold]: format {found['format']}, built {found['created']}", highlight=False)
+    output.print(f"model {model['type']} ({model['dtype']}), from {model.get('source', 'memory')}", highlight=False)
+    output.print(
+        f"{found['tokens']:,} tokens, the last {found['config']['window']} as window; {found['bytes']:,} bytes on disk, "
+        f"{found['kv_bytes']:,} of them keys and values",
+        highlight=False,
+    )
+    files = Table("file", "characters", "tokens", title="Files")
+    for part in found["parts"]:
+        files.add_row(part["name"], "{:,} to {:,}".format(*part["characters"]), "{:,} to {:,}".format(*part["tokens"]))
+    output.print(files)
+    layers = Table("layer", "kind", "clusters per level", "keys per cluster", "checksums", title="Layers")
+    for layer in found["layers"]:
+        layers.add_row(
+            str(layer["layer"]),
+            layer["kind"],
+            ", ".join(layer["clusters"]),
+            layer["cluster_sizes"],
+            f"{layer['tensors']} tensors good",
+        )
+    output.print(layers)
+    curve = Table("sparsity", *[f"{count} queries" for count in found["thresholds"]["query_counts"]])
+    curve.title = "Log score thresholds of the finest level, by queries that share a selection"
+    for sparsity, row in zip(found["thresholds"]["sparsities"], found["thresholds"]["finest"], strict=True):
+        curve.add_row(f"{sparsity:g}", *[f"{value:.3f}" for value in row])
+    output.print(curve)
