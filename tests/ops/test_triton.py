@@ -1,7 +1,7 @@
 """The Triton operations compute what the reference operations define.
 
-Without a CUDA device they run through Triton's interpreter (TRITON_INTERPRET=1); with one, `pytest -m gpu` runs the same
-matrix and shapes too large for an interpreter.
+Without a CUDA device they run through Triton's interpreter (TRITON_INTERPRET=1); with one, `pytest -m gpu` runs the
+same matrix and shapes too large for an interpreter.
 """
 
 from __future__ import annotations
@@ -194,9 +194,9 @@ def test_repeated_calls_give_the_same_bits() -> None:
 
 
 @on_device
-@pytest.mark.parametrize("queries", [1, 40])
-def test_eight_bit_storage_is_close_and_exact_in_what_it_stores(queries: int) -> None:
-    case = Case(dtype=torch.float16, q_heads=4, queries=queries, seed=15)
+@pytest.mark.parametrize(("q_heads", "queries"), [(2, 1), (4, 1), (4, 40)])
+def test_eight_bit_storage_is_close_and_exact_in_what_it_stores(q_heads: int, queries: int) -> None:
+    case = Case(dtype=torch.float16, q_heads=q_heads, queries=queries, levels=2, seed=15)
     query, layer, thresholds, scale = setup(case)
     packed = to_eight_bits(layer)
     everything = torch.full_like(thresholds, float("-inf"))
@@ -212,7 +212,7 @@ def test_eight_bit_storage_is_close_and_exact_in_what_it_stores(queries: int) ->
     assert relative_error(output, expected) < 3e-3
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-3, atol=1e-2)
     exact, _ = judge(query, layer, selected, layer.tokens, scale)
-    assert relative_error(output, exact) < 0.1
+    assert relative_error(output, exact) < 0.04
 
 
 @on_device

@@ -22,7 +22,7 @@ from squeezed.ops.triton import device as dev
 from squeezed.ops.triton.eight_bit import ChannelScales, scaled_query
 from squeezed.ops.triton.join import group_of, join_rows, store_result, tiles_of
 from squeezed.ops.triton.select import WorkList
-from squeezed.ops.triton.stream import stream, stream_ahead
+from squeezed.ops.triton.stream import stream, stream_ahead, stream_packed_row
 
 LOG2E = 1.4426950408889634
 
@@ -45,12 +45,18 @@ class AttendConfig:
 def attend_config(head_dim: int, rows: int, dtype: torch.dtype) -> AttendConfig:
     """The fastest measured configuration (docs/results/kernel-notes.md)."""
     block_rows = dev.padded_rows(rows)
+    if dtype.itemsize == 1 and rows == 1:
+        block_rows = 1
     if dev.INTERPRETED:
         return AttendConfig(min(block_rows, 32), 32, 4, 1, 2, 8 if rows <= dev.FEW_ROWS else 1)
     wide = head_dim * dtype.itemsize // 128
     if rows <= dev.FEW_ROWS:
-        return AttendConfig(block_rows, {1: 128, 2: 64}.get(wide, 32), 4, 5, 2, 8)
-    return AttendConfig(block_rows, 64 if wide <= 2 else 32, 8, 3, 1, 1)
+        if wide <= 2 and block_rows <= 16:
+            return AttendConfig(block_rows, 64, 4, 3, 3, 8, registers=168)
+        return AttendConfig(block_rows, 64 if wide <= 2 else 32, 4, 3 if wide > 4 else 5, 2, 8)
+    if wide <= 2:
+        return AttendConfig(block_rows, 64, 8, 3, 2, 1, registers=128)
+    return AttendConfig(min(block_rows, 64), 32, 8, 3, 1, 1)
 
 
 @triton.jit
@@ -81,6 +87,8 @@ def _attend(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     AHEAD: tl.constexpr,
+    PACKED: tl.constexpr,
+    FAST: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -110,25 +118,32 @@ def _attend(
         head_count = tl.sum(tl.where(is_problem, count, 0), axis=0)
         part_stop = tl.minimum(stop, head_stop)
         head = (problem % kv_heads).to(tl.int64)
-        q = tl.load(
-            query + (problem.to(tl.int64) * rows + row[:, None]) * HEAD_DIM + dim[None, :],
-            mask=(row < rows)[:, None],
-            other=0.0,
-        )
-        q, logit_scale, shift = scaled_query(q, key_scale, key_mean, head, scale_log2, HEAD_DIM)
-        key_base = keys + head * tokens * HEAD_DIM
-        value_base = values + head * tokens * HEAD_DIM
+        key_base = keys + head * tokens * (HEAD_DIM // PACKED)
+        value_base = values + head * tokens * (HEAD_DIM // PACKED)
         list_base = entries + problem.to(tl.int64) * list_size
-        if AHEAD:
-            acc, top, weight = stream_ahead(
-                q, key_base, value_base, list_base, tile - head_start, part_stop - head_start, head_count, logit_scale,
-                WIDTH, HEAD_DIM, BLOCK_R, BLOCK_N, STAGES, PRECISION,
+        if PACKED == 4:
+            acc, top, weight, shift = stream_packed_row(
+                query + problem.to(tl.int64) * HEAD_DIM, key_scale + head * HEAD_DIM, key_mean + head * HEAD_DIM,
+                key_base, value_base, list_base, tile - head_start, part_stop - head_start, head_count, scale_log2,
+                WIDTH, HEAD_DIM, BLOCK_N, STAGES, FAST,
             )  # fmt: skip
         else:
-            acc, top, weight = stream(
-                q, key_base, value_base, list_base, tile - head_start, part_stop - head_start, head_count, logit_scale,
-                WIDTH, HEAD_DIM, BLOCK_R, BLOCK_N, STAGES, PRECISION,
-            )  # fmt: skip
+            q = tl.load(
+                query + (problem.to(tl.int64) * rows + row[:, None]) * HEAD_DIM + dim[None, :],
+                mask=(row < rows)[:, None],
+                other=0.0,
+            )
+            q, logit_scale, shift = scaled_query(q, key_scale, key_mean, head, scale_log2, HEAD_DIM)
+            if AHEAD:
+                acc, top, weight = stream_ahead(
+                    q, key_base, value_base, list_base, tile - head_start, part_stop - head_start, head_count,
+                    logit_scale, WIDTH, HEAD_DIM, BLOCK_R, BLOCK_N, STAGES, PRECISION,
+                )  # fmt: skip
+            else:
+                acc, top, weight = stream(
+                    q, key_base, value_base, list_base, tile - head_start, part_stop - head_start, head_count,
+                    logit_scale, WIDTH, HEAD_DIM, BLOCK_R, BLOCK_N, STAGES, PRECISION,
+                )  # fmt: skip
         acc = acc / weight[:, None]
         # Along the row of tiles group and problem only grow, and one of them grows from part to part: the sum is a slot
         # of its own for every part.
@@ -221,6 +236,7 @@ def attend_list(
     batch, kv_heads, rows, head_dim = query.shape
     problems = batch * kv_heads
     row_blocks = triton.cdiv(rows, config.block_rows)
+    packed = config.block_rows == 1
     programs = dev.multiprocessors(query.device) * config.programs_per_multiprocessor * config.waves
     groups = max(1, programs // row_blocks)
     join_block = 1 if rows <= dev.FEW_ROWS else 16
@@ -237,8 +253,8 @@ def attend_list(
     }
     _attend[(groups * row_blocks,)](
         query,
-        keys,
-        values,
+        keys.view(torch.int32) if packed else keys,
+        values.view(torch.int32) if packed else values,
         *(scales[:2] if scales else (None, None)),
         work.entries,
         work.counts,
@@ -257,6 +273,8 @@ def attend_list(
         STAGES=config.stages,
         PRECISION=dev.dot_precision(query.dtype),
         AHEAD=config.ahead,
+        PACKED=4 if packed else 1,
+        FAST=not dev.INTERPRETED,
         num_warps=config.warps,
         **tiling,
         **launch,

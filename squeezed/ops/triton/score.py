@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from squeezed.ops.triton import device as dev
-from squeezed.ops.triton.eight_bit import ChannelScales, scaled_query
+from squeezed.ops.triton.eight_bit import ChannelScales, packed_logits, packed_query, scaled_query
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ def _score_few_rows(
     TILES: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
     PDL: tl.constexpr,
 ):
     split = tl.program_id(0)
@@ -85,18 +86,25 @@ def _score_few_rows(
         count = tl.load(id_counts + problem)
     row = tl.arange(0, BLOCK_R)
     dim = tl.arange(0, HEAD_DIM)
+    WORDS: tl.constexpr = HEAD_DIM // 4 if BLOCK_R == 1 else HEAD_DIM
+    word = tl.arange(0, WORDS)
     row_mask = row < rows
     begin = split * (BLOCK_C * TILES)
     running_max = tl.full([BLOCK_R], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_R], tl.float32)
     if begin < count:
-        q = tl.load(
-            query + (problem.to(tl.int64) * rows + row[:, None]) * HEAD_DIM + dim[None, :],
-            mask=row_mask[:, None],
-            other=0.0,
-        )
-        base = centroids + head.to(tl.int64) * clusters * HEAD_DIM
-        q, logit_scale, _ = scaled_query(q, key_scale, key_mean, head, scale, HEAD_DIM)
+        base = centroids + head.to(tl.int64) * clusters * WORDS
+        if BLOCK_R == 1:
+            row_scale = key_scale + head * HEAD_DIM
+            row_mean = key_mean + head * HEAD_DIM
+            q0, q1, q2, q3, _ = packed_query(query + problem.to(tl.int64) * HEAD_DIM, row_scale, row_mean, HEAD_DIM)
+        else:
+            q = tl.load(
+                query + (problem.to(tl.int64) * rows + row[:, None]) * HEAD_DIM + dim[None, :],
+                mask=row_mask[:, None],
+                other=0.0,
+            )
+            q, logit_scale, _ = scaled_query(q, key_scale, key_mean, head, scale, HEAD_DIM)
         steps = tl.minimum(TILES, tl.cdiv(count - begin, BLOCK_C))
         for tile in tl.range(0, steps, num_stages=STAGES):
             index = begin + tile * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -104,9 +112,12 @@ def _score_few_rows(
             cluster = index
             if HAS_IDS:
                 cluster = tl.load(ids + problem.to(tl.int64) * capacity + index, mask=inside, other=0)
-            c = tl.load(base + cluster[:, None] * HEAD_DIM + dim[None, :], mask=inside[:, None], other=0.0)
+            c = tl.load(base + cluster[:, None] * WORDS + word[None, :], mask=inside[:, None], other=0)
             size = tl.load(sizes + head * clusters + cluster, mask=inside, other=0)
-            scores = tl.dot(q, tl.trans(c.to(q.dtype)), input_precision=PRECISION) * logit_scale
+            if BLOCK_R == 1:
+                scores = packed_logits(c, q0, q1, q2, q3, FAST)[None, :] * scale
+            else:
+                scores = tl.dot(q, tl.trans(c.to(q.dtype)), input_precision=PRECISION) * logit_scale
             scores = tl.where((size > 0)[None, :], scores, float("-inf"))
             tl.store(
                 logits + (problem.to(tl.int64) * rows + row[:, None]) * capacity + index[None, :],
@@ -159,13 +170,14 @@ def score_few_rows(
     few_tiles = problems * triton.cdiv(capacity, block) < 16 * dev.multiprocessors(query.device)
     tiles = tiles or (1 if few_tiles else 2)
     stages = stages or (1 if few_tiles else 2)
+    block_rows = 1 if rows == 1 and scales is not None else dev.padded_rows(rows)
     splits = triton.cdiv(capacity, block * tiles)
     logits = torch.empty(problems, rows, capacity, dtype=torch.float32, device=query.device)
     part_max, part_sum = torch.empty(2, problems, rows, splits, dtype=torch.float32, device=query.device)
     sync = torch.empty(sync_words, dtype=torch.int64, device=query.device)
     _score_few_rows[(splits, problems)](
         query,
-        centroids,
+        centroids.view(torch.int32) if block_rows == 1 else centroids,
         scales.key_scale if scales else None,
         scales.key_mean if scales else None,
         sizes,
@@ -184,11 +196,12 @@ def score_few_rows(
         splits,
         HAS_IDS=ids is not None,
         HEAD_DIM=head_dim,
-        BLOCK_R=dev.padded_rows(rows),
+        BLOCK_R=block_rows,
         BLOCK_C=block,
         TILES=tiles,
         STAGES=stages,
         PRECISION=dev.dot_precision(query.dtype),
+        FAST=not dev.INTERPRETED,
         PDL=dev.has_dependent_launch(query.device),
         num_warps=warps,
         **dev.launch_options(query.device),

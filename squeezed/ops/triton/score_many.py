@@ -9,6 +9,8 @@ the same kernel, a product whose rows are reduced by an online log-sum-exp, with
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -21,10 +23,44 @@ from squeezed.ops.triton.score import Scores, clear_words
 
 
 @triton.jit
+def _log_sizes(sizes, result, count, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """log2 of the number of keys of each cluster, -inf for padding."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    size = tl.load(sizes + index, mask=index < count, other=0)
+    log_size = tl.where(size > 0, tl.log2(tl.maximum(size, 1).to(tl.float32)), float("-inf"))
+    tl.store(result + index, log_size, mask=index < count)
+
+
+@triton.jit
+def _log_weights(row_lse, result, rows, splits, BLOCK: tl.constexpr, BLOCK_SPLITS: tl.constexpr, PDL: tl.constexpr):
+    """Weight of each row in the mean, 1 / (rows x its sum over all clusters), as log2; -inf where the sum is empty."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    problem = tl.program_id(1)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    split = tl.arange(0, BLOCK_SPLITS)
+    parts = tl.load(
+        row_lse + (problem * splits + split[:, None]).to(tl.int64) * rows + row[None, :],
+        mask=(split < splits)[:, None] & (row < rows)[None, :],
+        other=float("-inf"),
+    )
+    peak = tl.max(parts, axis=0)
+    empty = peak == float("-inf")
+    total = tl.sum(tl.exp2(parts - tl.where(empty, 0.0, peak)[None, :]), axis=0)
+    weight = -(peak + tl.log2(tl.where(empty, 1.0, total) * rows))
+    tl.store(result + problem * rows + row, tl.where(empty, float("-inf"), weight), mask=row < rows)
+
+
+@triton.jit
 def _reduce_product(
     query,
     centroids,
-    sizes,
+    log_sizes,
+    log_weights,
     ids,
     id_counts,
     row_lse,
@@ -42,7 +78,6 @@ def _reduce_product(
     HEAD_DIM: tl.constexpr,
     BLOCK_X: tl.constexpr,
     BLOCK_Y: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
@@ -62,7 +97,6 @@ def _reduce_product(
         count = tl.load(id_counts + problem)
     query_base = query + problem.to(tl.int64) * rows * HEAD_DIM
     centroid_base = centroids + head.to(tl.int64) * clusters * HEAD_DIM
-    size_base = sizes + head * clusters
     id_base = ids + problem.to(tl.int64) * capacity if HAS_IDS else ids
     lse_base = row_lse + problem.to(tl.int64) * splits * rows
     dim = tl.arange(0, HEAD_DIM)
@@ -73,6 +107,8 @@ def _reduce_product(
         y_stop = tl.minimum(y_start + piece, count)
         x_mask = x_index < rows
         x = tl.load(query_base + x_index[:, None] * HEAD_DIM + dim[None, :], mask=x_mask[:, None], other=0.0)
+        y_base = centroid_base
+        bias_base = log_sizes + head * clusters
     else:
         y_start = 0
         y_stop = tl.where(block * BLOCK_X < count, rows, 0)
@@ -80,29 +116,19 @@ def _reduce_product(
         x_cluster = tl.load(id_base + x_index, mask=x_mask, other=0) if HAS_IDS else x_index
         x = tl.load(centroid_base + x_cluster[:, None] * HEAD_DIM + dim[None, :], mask=x_mask[:, None], other=0.0)
         x = x.to(query.dtype.element_ty)
+        y_base = query_base
+        bias_base = log_weights + problem * rows
     top = tl.full([BLOCK_X], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_X], tl.float32)
     for start in tl.range(y_start, y_stop, BLOCK_Y, num_stages=STAGES):
         y_index = start + tl.arange(0, BLOCK_Y)
         y_mask = y_index < y_stop
-        if ROWS_FIRST:
-            y_cluster = tl.load(id_base + y_index, mask=y_mask, other=0) if HAS_IDS else y_index
-            y = tl.load(centroid_base + y_cluster[:, None] * HEAD_DIM + dim[None, :], mask=y_mask[:, None], other=0.0)
-            size = tl.load(size_base + y_cluster, mask=y_mask, other=0)
-            bias = tl.where(size > 0, tl.log2(tl.maximum(size, 1).to(tl.float32)), float("-inf"))
-        else:
-            y = tl.load(query_base + y_index[:, None] * HEAD_DIM + dim[None, :], mask=y_mask[:, None], other=0.0)
-            part = tl.arange(0, BLOCK_SPLITS)
-            parts = tl.load(
-                lse_base + part[:, None] * rows + y_index[None, :],
-                mask=(part < splits)[:, None] & y_mask[None, :],
-                other=float("-inf"),
-            )
-            peak = tl.max(parts, axis=0)
-            peak = tl.where(peak == float("-inf"), 0.0, peak)
-            bias = -(peak + tl.log2(tl.sum(tl.exp2(parts - peak[None, :]), axis=0)))
-            # A row that no cluster is allowed for, and a row past the end, contribute to no score.
-            bias = tl.where(bias < float("inf"), bias, float("-inf"))
+        y_place = y_index
+        if ROWS_FIRST:  # noqa: SIM102
+            if HAS_IDS:
+                y_place = tl.load(id_base + y_index, mask=y_mask, other=0)
+        y = tl.load(y_base + y_place[:, None] * HEAD_DIM + dim[None, :], mask=y_mask[:, None], other=0.0)
+        bias = tl.load(bias_base + y_place, mask=y_mask, other=float("-inf"))
         logits = tl.dot(x, tl.trans(y.to(x.dtype)), input_precision=PRECISION) * scale_log2 + bias[None, :]
         new_top = tl.maximum(top, tl.max(logits, axis=1))
         safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -112,9 +138,8 @@ def _reduce_product(
     if ROWS_FIRST:
         tl.store(lse_base + split * rows + x_index, lse, mask=x_mask)
     else:
-        size = tl.load(size_base + x_cluster, mask=x_mask, other=0)
-        score = lse * 0.6931471805599453 - tl.log(rows.to(tl.float32))
-        score = tl.where(size > 0, score, float("-inf"))
+        allowed = tl.load(log_sizes + head * clusters + x_cluster, mask=x_mask, other=float("-inf")) > float("-inf")
+        score = tl.where(allowed, lse * 0.6931471805599453, float("-inf"))
         tl.store(result + problem.to(tl.int64) * capacity + x_index, score, mask=x_mask)
 
 
@@ -148,18 +173,18 @@ def score_many_rows(
     row_blocks = triton.cdiv(rows, block)
     wanted = 2 * dev.multiprocessors(query.device) // (row_blocks * problems)
     splits = 1 << max(0, min(16, wanted, triton.cdiv(capacity, across)).bit_length() - 1)
-    row_lse = torch.empty(problems, splits, rows, dtype=torch.float32, device=query.device)
-    result = torch.empty(problems, 1, capacity, dtype=torch.float32, device=query.device)
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
+    row_lse, result = empty(problems, splits, rows), empty(problems, 1, capacity)
+    log_sizes, log_weights = empty(sizes.shape), empty(problems, rows)
     sync = torch.empty(sync_words, dtype=torch.int64, device=query.device)
-    options = dev.launch_options(query.device)
-    for rows_first, grid in (
-        (True, (row_blocks, splits, problems)),
-        (False, (triton.cdiv(capacity, block), 1, problems)),
-    ):
+    launch = {"PDL": dev.has_dependent_launch(query.device), **dev.launch_options(query.device)}
+
+    def reduce_product(rows_first: bool, grid: tuple[int, int, int]) -> None:
         _reduce_product[grid](
             query,
             centroids,
-            sizes,
+            log_sizes,
+            log_weights,
             ids,
             id_counts,
             row_lse,
@@ -177,11 +202,16 @@ def score_many_rows(
             HEAD_DIM=head_dim,
             BLOCK_X=block,
             BLOCK_Y=across,
-            BLOCK_SPLITS=triton.next_power_of_2(splits),
             STAGES=stages,
             PRECISION=dev.dot_precision(query.dtype),
-            PDL=dev.has_dependent_launch(query.device),
             num_warps=warps,
-            **options,
+            **launch,
         )
+
+    _log_sizes[(triton.cdiv(sizes.numel(), 1024),)](sizes, log_sizes, sizes.numel(), BLOCK=1024, **launch)
+    reduce_product(True, (row_blocks, splits, problems))
+    _log_weights[(triton.cdiv(rows, 128), problems)](
+        row_lse, log_weights, rows, splits, BLOCK=128, BLOCK_SPLITS=triton.next_power_of_2(splits), **launch
+    )
+    reduce_product(False, (triton.cdiv(capacity, block), 1, problems))
     return Scores(result, None, None, sync)

@@ -211,7 +211,8 @@ def select_clusters(
     chunks = chunks_of(capacity, rows)
     list_size = list_capacity(children, clusters, window[1] - window[0], width)
     entries = torch.empty(problems, list_size, dtype=torch.int32, device=offsets.device)
-    counts, kept = torch.empty(2, problems, dtype=torch.int32, device=offsets.device)
+    counts = torch.empty(problems, dtype=torch.int32, device=offsets.device)
+    kept = torch.empty_like(counts)
     _select[(chunks, problems)](
         scores.logits,
         scores.part_max,

@@ -7,6 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from squeezed.ops.triton.eight_bit import packed_logits, packed_query, unpack
+
 
 @triton.jit
 def locate(list_base, step, count, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
@@ -49,15 +51,16 @@ def stream(
         address = position[:, None] * HEAD_DIM + dim[None, :]
         k = tl.load(key_base + address, mask=inside[:, None], other=0.0)
         logits = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
-        logits = tl.where(inside[None, :], logits * scale_log2, float("-inf"))
+        logits = tl.where(inside[None, :], logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, axis=1))
-        weight = tl.exp2(logits - new_top[:, None])
-        rescale = tl.exp2(top - new_top)
+        # Scaled inside the exponent, where it costs nothing: multiply and subtract are one instruction.
+        weight = tl.exp2(logits * scale_log2 - (new_top * scale_log2)[:, None])
+        rescale = tl.exp2((top - new_top) * scale_log2)
         total = total * rescale + tl.sum(weight, axis=1)
         v = tl.load(value_base + address, mask=inside[:, None], other=0.0)
         acc = tl.dot(weight.to(q.dtype), v.to(q.dtype), acc * rescale[:, None], input_precision=PRECISION)
         top = new_top
-    return acc, top, total
+    return acc, top * scale_log2, total
 
 
 @triton.jit
@@ -90,13 +93,68 @@ def stream_ahead(
         k = tl.load(key_base + next_position[:, None] * HEAD_DIM + dim[None, :], mask=next_inside[:, None], other=0.0)
         next_logits = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
         position, inside = locate(list_base, step, count, WIDTH, BLOCK_N)
-        logits = tl.where(inside[None, :], logits * scale_log2, float("-inf"))
+        logits = tl.where(inside[None, :], logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, axis=1))
-        weight = tl.exp2(logits - new_top[:, None])
-        rescale = tl.exp2(top - new_top)
+        # Scaled inside the exponent, where it costs nothing: multiply and subtract are one instruction.
+        weight = tl.exp2(logits * scale_log2 - (new_top * scale_log2)[:, None])
+        rescale = tl.exp2((top - new_top) * scale_log2)
         total = total * rescale + tl.sum(weight, axis=1)
         v = tl.load(value_base + position[:, None] * HEAD_DIM + dim[None, :], mask=inside[:, None], other=0.0)
         acc = tl.dot(weight.to(q.dtype), v.to(q.dtype), acc * rescale[:, None], input_precision=PRECISION)
         top = new_top
         logits = next_logits
-    return acc, top, total
+    return acc, top * scale_log2, total
+
+
+@triton.jit
+def stream_packed_row(
+    query,
+    key_scale,
+    key_mean,
+    key_base,
+    value_base,
+    list_base,
+    start,
+    stop,
+    count,
+    scale_log2,
+    WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """As `stream` for one query row and 8-bit keys and values, four to an int32; also the shift of the log-sum-exp.
+
+    Without matrix units: these want the bytes of a value tile in an order that costs a load for each.
+    """
+    WORDS: tl.constexpr = HEAD_DIM // 4
+    word = tl.arange(0, WORDS)
+    q0, q1, q2, q3, mean = packed_query(query, key_scale, key_mean, HEAD_DIM)
+    top = tl.full([], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    acc0 = tl.zeros([BLOCK_N, WORDS], tl.float32)
+    acc1 = tl.zeros([BLOCK_N, WORDS], tl.float32)
+    acc2 = tl.zeros([BLOCK_N, WORDS], tl.float32)
+    acc3 = tl.zeros([BLOCK_N, WORDS], tl.float32)
+    for step in tl.range(start, stop, num_stages=STAGES):
+        position, inside = locate(list_base, step, count, WIDTH, BLOCK_N)
+        address = position[:, None] * WORDS + word[None, :]
+        k = tl.load(key_base + address, mask=inside[:, None], other=0)
+        v = tl.load(value_base + address, mask=inside[:, None], other=0)
+        logits = tl.where(inside, packed_logits(k, q0, q1, q2, q3, FAST), float("-inf"))
+        new_top = tl.maximum(top, tl.max(logits, axis=0))
+        weight = tl.exp2((logits - new_top) * scale_log2)
+        rescale = tl.exp2((top - new_top) * scale_log2)
+        total = total * rescale + weight
+        v0, v1, v2, v3 = unpack(v, FAST)
+        acc0 = acc0 * rescale + weight[:, None] * v0
+        acc1 = acc1 * rescale + weight[:, None] * v1
+        acc2 = acc2 * rescale + weight[:, None] * v2
+        acc3 = acc3 * rescale + weight[:, None] * v3
+        top = new_top
+    even = tl.interleave(tl.sum(acc0, axis=0), tl.sum(acc2, axis=0))
+    odd = tl.interleave(tl.sum(acc1, axis=0), tl.sum(acc3, axis=0))
+    one = tl.zeros([1], tl.float32)
+    acc = tl.interleave(even, odd)[None, :]
+    return acc, one + top * scale_log2, one + tl.sum(total, axis=0), one + mean * scale_log2
