@@ -42,21 +42,28 @@ class AttendConfig:
     registers: int | None = None
 
 
-def attend_config(head_dim: int, rows: int, dtype: torch.dtype) -> AttendConfig:
-    """The fastest measured configuration (docs/results/kernel-notes.md)."""
-    block_rows = dev.padded_rows(rows)
-    if dtype.itemsize == 1 and rows == 1:
-        block_rows = 1
+def attend_config(head_dim: int, rows: int, dtype: torch.dtype, keys: int) -> AttendConfig:
+    """The fastest measured configuration (docs/results/kernel-notes.md).
+
+    Args:
+        rows: query rows of a KV head, heads of the group x queries.
+        dtype: of the stored keys.
+        keys: fixed keys of all questions and KV heads together.
+    """
+    block_rows = 1 if dtype.itemsize == 1 and rows == 1 else dev.padded_rows(rows)
     if dev.INTERPRETED:
         return AttendConfig(min(block_rows, 32), 32, 4, 1, 2, 8 if rows <= dev.FEW_ROWS else 1)
     wide = head_dim * dtype.itemsize // 128
-    if rows <= dev.FEW_ROWS:
-        if wide <= 2 and block_rows <= 16:
-            return AttendConfig(block_rows, 64, 4, 3, 3, 8, registers=168)
-        return AttendConfig(block_rows, 64 if wide <= 2 else 32, 4, 3 if wide > 4 else 5, 2, 8)
-    if wide <= 2:
-        return AttendConfig(block_rows, 64, 8, 3, 2, 1, registers=128)
-    return AttendConfig(min(block_rows, 64), 32, 8, 3, 1, 1)
+    if rows > dev.FEW_ROWS:
+        if wide <= 2:
+            return AttendConfig(block_rows, 64, 8, 3, 2, 1, registers=128)
+        return AttendConfig(min(block_rows, 64), 32, 8, 3, 1, 1)
+    if wide > 2 or block_rows > 16:
+        return AttendConfig(block_rows, 32, 4, 3 if wide > 4 else 5, 2, 8)
+    # Three programs a multiprocessor keep more reads in flight; with few tiles each, two end sooner.
+    if keys > 2**21:
+        return AttendConfig(block_rows, 64, 4, 3, 3, 8, registers=168)
+    return AttendConfig(block_rows, 64, 4, 5, 2, 8)
 
 
 @triton.jit

@@ -89,7 +89,7 @@ def _attend_fixed(
     kv_heads = keys.shape[0]
     rows = q_heads // kv_heads * queries
     grouped = query.reshape(batch, kv_heads, rows, head_dim).contiguous()
-    config = attend_config(head_dim, rows, keys.dtype)
+    config = attend_config(head_dim, rows, keys.dtype, batch * kv_heads * keys.shape[1])
     channel_scales = ChannelScales(*scales) if scales else None
     work = select_keys(
         grouped,
