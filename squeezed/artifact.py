@@ -199,6 +199,8 @@ def _layer_tensors(layer: ClusteredKeys | SlidingTail) -> dict[str, Tensor]:
         tensors["positions"] = layer.positions
         for i, level in enumerate(layer.levels):
             tensors |= {f"centroids.{i}": level.centroids, f"sizes.{i}": level.sizes, f"offsets.{i}": level.offsets}
+            if level.spread is not None:
+                tensors[f"spread.{i}"] = level.spread
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -302,7 +304,9 @@ def _layer(entry: _Layer, tensors: dict[str, Tensor]) -> ClusteredKeys | Sliding
     if entry.clustered is None or entry.levels is None:
         return SlidingTail(tensors["keys"], tensors["values"], entry.sliding_window or 0)
     levels = tuple(
-        ClusterLevel(tensors[f"centroids.{i}"], tensors[f"sizes.{i}"], tensors[f"offsets.{i}"])
+        ClusterLevel(
+            tensors[f"centroids.{i}"], tensors[f"sizes.{i}"], tensors[f"offsets.{i}"], tensors.get(f"spread.{i}")
+        )
         for i in range(entry.levels)
     )
     return ClusteredKeys(tensors["keys"], tensors["values"], tensors["positions"], levels, entry.clustered)

@@ -98,7 +98,7 @@ def _attend_block(query: Tensor, layer: FixedLayer, rows: slice, scale: float) -
     for level in reversed(range(len(index.levels))):
         found = index.levels[level]
         looked_at.append((found.sizes > 0).expand(query.shape[0], -1, -1) if allowed is None else allowed)
-        scores = ops.score_centroids(query, found.centroids, found.sizes, scale, allowed)
+        scores = ops.score_centroids(query, found.centroids, found.sizes, scale, allowed, found.spread)
         selected = ops.select_clusters(scores, thresholds[level])
         if level > 0:
             allowed = ops.expand_to_children(selected, found.offsets, index.levels[level - 1].shape[1])
@@ -114,11 +114,12 @@ def _record(layer: FixedLayer, query: Tensor, rows: slice, kept: Tensor, looked_
     counts = kept.sum(-1, dtype=torch.float64)
     centroids = sum((level.sum((-1, -2), dtype=torch.float64) for level in looked_at), torch.zeros_like(counts))
     window = kv_heads * (layer.window_end - index.clustered)
+    centroid_bytes = row_bytes if index.levels[0].spread is None else row_bytes + 4
     offered = torch.full_like(counts, kv_heads * index.clustered)
     usage = Usage(
         kept=counts,
         offered=offered,
-        bytes_read=(2 * (counts + window) + centroids) * row_bytes,
+        bytes_read=2 * (counts + window) * row_bytes + centroids * centroid_bytes,
         bytes_full=2 * (offered + window) * row_bytes,
     )
     record = layer.prefill if query.shape[2] > 1 else layer.decode

@@ -159,11 +159,11 @@ def _histogram(layer: ClusteredKeys, level: int, blocks: Tensor, scale: float, c
     allowed: Tensor | None = None
     for above in reversed(range(level + 1, len(layer.levels))):
         found = layer.levels[above]
-        scores = reference.score_centroids(blocks, found.centroids, found.sizes, scale, allowed)
+        scores = reference.score_centroids(blocks, found.centroids, found.sizes, scale, allowed, found.spread)
         selected = reference.select_clusters(scores, coarser[above - level - 1])
         allowed = reference.expand_to_children(selected, found.offsets, layer.levels[above - 1].shape[1])
     own = layer.levels[level]
-    scores = reference.score_centroids(blocks, own.centroids, own.sizes, scale, allowed)
+    scores = reference.score_centroids(blocks, own.centroids, own.sizes, scale, allowed, own.spread)
     bins = ((scores.clamp(min=_LOWEST, max=0.0) - _LOWEST) * _BINS_PER_UNIT).long()
     weights = own.sizes.expand_as(bins).double()
     return torch.bincount(bins.flatten(), weights.flatten(), minlength=_BINS).cpu()

@@ -106,7 +106,7 @@ def cluster_layer(keys: Tensor, values: Tensor, config: BuildConfig) -> Clustere
         keys=lay_out(keys),
         values=lay_out(values),
         positions=(order + first).int(),
-        levels=build_levels(inner, labels, order),
+        levels=build_levels(inner, labels, order, config.second_order),
         clustered=last - first,
     )
 
@@ -138,13 +138,16 @@ def _nested_order(labels: list[Tensor]) -> Tensor:
     return order
 
 
-def build_levels(keys: Tensor, labels: list[Tensor], order: Tensor) -> tuple[ClusterLevel, ...]:
+def build_levels(
+    keys: Tensor, labels: list[Tensor], order: Tensor, second_order: bool = False
+) -> tuple[ClusterLevel, ...]:
     """Centroids (means of raw keys), sizes and CSR offsets of every level; empty clusters are dropped.
 
     Args:
         keys: [heads, n, dim] raw keys in text order.
         labels: finest first; labels[0] [heads, n] of keys, labels[l] of the clusters of level l - 1.
         order: [heads, n], the nested order of the layout.
+        second_order: also keep each cluster's spread.
     """
     heads, n, dim = keys.shape
     ordered = keys.gather(1, order.unsqueeze(-1).expand(-1, -1, dim))
@@ -162,6 +165,14 @@ def build_levels(keys: Tensor, labels: list[Tensor], order: Tensor) -> tuple[Clu
             # From offsets in keys to offsets in clusters of the finer level: that of the key where a cluster begins.
             past_the_end = finer[:, -1:] + 1
             offsets = torch.where(offsets < n, finer.gather(1, offsets.clamp(max=n - 1)), past_the_end)
-        levels.append(ClusterLevel(centroids.to(keys.dtype), sizes.int(), offsets.int()))
+        spread = _spread(ordered, rank, centroids, sizes) if second_order else None
+        levels.append(ClusterLevel(centroids.to(keys.dtype), sizes.int(), offsets.int(), spread))
         finer = rank
     return tuple(levels)
+
+
+def _spread(keys: Tensor, members: Tensor, centroids: Tensor, sizes: Tensor) -> Tensor:
+    """Mean variance per dimension of each cluster's keys, [heads, clusters] float32."""
+    residual = keys.float() - centroids.gather(1, members.unsqueeze(-1).expand(-1, -1, keys.shape[-1]))
+    sums = torch.zeros(sizes.shape, device=keys.device)
+    return sums.scatter_add_(1, members, residual.square().mean(-1)) / sizes.clamp(min=1)

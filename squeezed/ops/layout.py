@@ -18,6 +18,8 @@ class ClusterLevel:
     Attributes:
         centroids: [kv_heads, clusters, head_dim], mean of the raw (after RoPE) keys of each cluster.
         sizes: [kv_heads, clusters] int32, number of keys N_i; 0 marks padding.
+        spread: [kv_heads, clusters] float32, mean variance per dimension of each cluster's keys, for second-order
+            scores; None scores by the centroid alone (paper).
         offsets: [kv_heads, clusters + 1] int32, CSR: cluster i's children are [offsets[i], offsets[i + 1]). On the
             finest level the children are keys, on a coarser one the clusters of the next finer level.
     """
@@ -25,6 +27,7 @@ class ClusterLevel:
     centroids: Tensor
     sizes: Tensor
     offsets: Tensor
+    spread: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -32,7 +35,12 @@ class ClusterLevel:
         return tuple(self.centroids.shape)  # type: ignore[return-value]
 
     def to(self, device: torch.device | str) -> ClusterLevel:
-        return ClusterLevel(self.centroids.to(device), self.sizes.to(device), self.offsets.to(device))
+        return ClusterLevel(
+            self.centroids.to(device),
+            self.sizes.to(device),
+            self.offsets.to(device),
+            None if self.spread is None else self.spread.to(device),
+        )
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,12 @@ def score_centroids(
     sizes: Tensor,
     scale: float,
     allowed: Tensor | None = None,
+    spread: Tensor | None = None,
 ) -> Tensor:
     """Log of the estimated attention weight of each key of each cluster (paper section 3.2, eq. 2 and 4).
 
     S_i = exp(s q.C_i) / sum_j N_j exp(s q.C_j), averaged over the M queries and the G heads of the group, in log space.
+    With a spread v, s q.C_i gets the next term of log E[exp(s q.k)] over the cluster's keys: + s^2 |q|^2 v_i / 2.
 
     Args:
         query: [B, Hq, M, D].
@@ -27,6 +29,7 @@ def score_centroids(
         sizes: [Hk, K] int32, keys per cluster; 0 marks padding.
         scale: the attention module's own scaling s.
         allowed: [B, Hk, K] bool, clusters inside surviving coarser clusters; the denominator counts only those.
+        spread: [Hk, K] float32, mean variance per dimension of the cluster's keys.
 
     Returns:
         [B, Hk, K] float32; -inf for padding and for what is not allowed.
@@ -35,6 +38,8 @@ def score_centroids(
     kv_heads, clusters, _ = centroids.shape
     grouped = query.reshape(batch, kv_heads, (q_heads // kv_heads) * queries, dim).float()
     logits = scale * (grouped @ centroids.float().transpose(-1, -2))
+    if spread is not None:
+        logits = logits + 0.5 * scale**2 * grouped.square().sum(-1, keepdim=True) * spread.unsqueeze(1)
     valid = (sizes > 0).expand(batch, kv_heads, clusters)
     if allowed is not None:
         valid = valid & allowed
@@ -43,7 +48,7 @@ def score_centroids(
     log_denominator = torch.logsumexp(logits + log_sizes, dim=-1, keepdim=True)
     # A row without any allowed cluster has denominator -inf; its scores must stay -inf, not become NaN.
     log_scores = (logits - log_denominator.nan_to_num(neginf=0.0)).logsumexp(dim=2)
-    return log_scores - torch.log(torch.tensor(float(grouped.shape[2])))
+    return log_scores - torch.log(torch.tensor(float(grouped.shape[2]), device=query.device))
 
 
 def select_clusters(log_scores: Tensor, log_threshold: float) -> Tensor:

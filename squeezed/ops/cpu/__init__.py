@@ -32,7 +32,12 @@ _LOGITS = 2**24  # logits held at once when many queries attend: 64 MB
 
 
 def score_centroids(
-    query: Tensor, centroids: Tensor, sizes: Tensor, scale: float, allowed: Tensor | None = None
+    query: Tensor,
+    centroids: Tensor,
+    sizes: Tensor,
+    scale: float,
+    allowed: Tensor | None = None,
+    spread: Tensor | None = None,
 ) -> Tensor:
     """See :func:`squeezed.ops.reference.score_centroids`."""
     batch, q_heads, queries, dim = query.shape
@@ -45,10 +50,16 @@ def score_centroids(
             flat_allowed = allowed.reshape(batch * kv_heads, clusters).contiguous().numpy()
         scores = np.empty((batch * kv_heads, clusters), np.float32)
         flat_query = grouped.reshape(batch * kv_heads, rows, dim).contiguous().numpy()
-        score.score_rows(flat_query, _raw(centroids), sizes.numpy(), flat_allowed, np.float32(scale), scores)
+        flat_spread = np.empty((0, 0), np.float32) if spread is None else spread.numpy()
+        score.score_rows(
+            flat_query, _raw(centroids), sizes.numpy(), flat_allowed, flat_spread, np.float32(scale), scores
+        )
         return torch.from_numpy(scores).view(batch, kv_heads, clusters)
     by_head = (grouped * scale).transpose(0, 1).reshape(kv_heads, batch * rows, dim)
     logits = torch.bmm(by_head, centroids.float().transpose(1, 2)).view(kv_heads, batch, rows, clusters)
+    if spread is not None:
+        stretch = (0.5 * scale**2) * grouped.square().sum(-1).transpose(0, 1)  # [Hk, B, rows]
+        logits.addcmul_(stretch.unsqueeze(-1), spread[:, None, None, :])
     valid = (sizes > 0).unsqueeze(1)
     if allowed is not None:
         valid = valid & allowed.transpose(0, 1)

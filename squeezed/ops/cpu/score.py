@@ -13,16 +13,23 @@ _CHUNK = 512  # clusters per work item: small enough to balance a few heads over
 
 
 @njit(cache=True, nogil=True, parallel=True, fastmath=ORDER_FREE, error_model="numpy")
-def score_rows(query, centroids, sizes, allowed, scale, log_scores):  # type: ignore[no-untyped-def]
+def score_rows(query, centroids, sizes, allowed, spread, scale, log_scores):  # type: ignore[no-untyped-def]
     """Log scores of a few query rows, see `reference.score_centroids`.
 
     query [B * Hk, G, D] float32; centroids [Hk, K, D] float32 or raw bfloat16; sizes [Hk, K]; allowed [B * Hk, K] bool
-    or [0, 0] for all; log_scores [B * Hk, K] float32 is written.
+    or [0, 0] for all; spread [Hk, K] float32 or [0, 0] for none; log_scores [B * Hk, K] float32 is written.
     """
     rows, group, dim = query.shape
     heads, clusters = sizes.shape
     chunks = (clusters + _CHUNK - 1) // _CHUNK
-    restricted = allowed.shape[0] > 0
+    restricted, second_order = allowed.shape[0] > 0, spread.shape[0] > 0
+    stretch = np.zeros((rows, group), np.float32)
+    if second_order:
+        for row in range(rows):
+            for g in range(group):
+                for d in range(dim):
+                    stretch[row, g] += query[row, g, d] * query[row, g, d]
+                stretch[row, g] *= np.float32(0.5) * scale * scale
     logits = np.empty((rows, group, clusters), np.float32)
     chunk_max = np.empty((rows, chunks, group), np.float32)
     chunk_sum = np.empty((rows, chunks, group), np.float32)
@@ -40,6 +47,8 @@ def score_rows(query, centroids, sizes, allowed, scale, log_scores):  # type: ig
                 for d in range(dim):
                     dot += query[row, g, d] * widen(centroids[head, cluster, d])
                 logits[row, g, cluster] = dot * scale
+                if second_order:
+                    logits[row, g, cluster] += stretch[row, g] * spread[head, cluster]
         weights = np.empty(_CHUNK, np.float32)
         for g in range(group):
             top = np.float32(-np.inf)
