@@ -1,0 +1,69 @@
+"""When dense attention is faster: a model of both, fitted to the measurements in docs/results/kernel-notes.md.
+
+Decoding is bound by bytes and by launches, question prefill by products; each is a constant plus work over a rate. Fitted on
+one H100 80GB (2026-11-21) over 8K to 512K tokens, 8 and 32 KV heads, head_dim 128; within 15% of every measurement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """One call: `tokens` fixed tokens, `queries` that share a selection, `kept` the share of keys expected to be kept.
+
+    `clusters` per KV head on each level, finest first; of every level but the coarsest about half is scored.
+    """
+
+    batch: int
+    q_heads: int
+    kv_heads: int
+    queries: int
+    head_dim: int
+    tokens: int
+    clusters: tuple[int, ...]
+    kept: float
+    key_bytes: int = 2
+
+
+@dataclass(frozen=True)
+class DeviceRates:
+    """Of one kind of GPU: microseconds per call, bytes and operations per microsecond."""
+
+    dense_start: float = 8.0
+    dense_bytes: float = 3.13e6
+    dense_flops: float = 600e6
+    squeezed_start: float = 12.5
+    level_start: float = 7.0
+    squeezed_bytes: float = 2.95e6
+    score_flops: float = 420e6
+    attend_flops: float = 400e6
+
+
+H100 = DeviceRates()
+
+
+def dense_microseconds(shape: AttentionShape, rates: DeviceRates = H100) -> float:
+    """Expected time of the fastest dense attention over all fixed tokens, 16-bit; each question of a batch reads them."""
+    moved = 4 * shape.batch * shape.kv_heads * shape.tokens * shape.head_dim
+    flops = 4 * shape.batch * shape.q_heads * shape.queries * shape.tokens * shape.head_dim
+    return rates.dense_start + max(moved / rates.dense_bytes, flops / rates.dense_flops)
+
+
+def squeezed_microseconds(shape: AttentionShape, rates: DeviceRates = H100) -> float:
+    """Expected time of score, select, attend and join together."""
+    scored = shape.clusters[-1] + sum(shape.clusters[:-1]) / 2
+    kept = shape.tokens * shape.kept
+    row_bytes = shape.batch * shape.kv_heads * shape.head_dim * shape.key_bytes
+    row_flops = 4 * shape.batch * shape.q_heads * shape.queries * shape.head_dim
+    moved = row_bytes * (scored + 2 * kept) / rates.squeezed_bytes
+    start = rates.squeezed_start + rates.level_start * (len(shape.clusters) - 1)
+    if shape.q_heads // shape.kv_heads * shape.queries <= 32:
+        return start + moved
+    return start + max(moved, row_flops * (scored / rates.score_flops + kept / rates.attend_flops))
+
+
+def dense_is_faster(shape: AttentionShape, rates: DeviceRates = H100) -> bool:
+    """Whether reading every key is expected to take less time than selecting."""
+    return dense_microseconds(shape, rates) <= squeezed_microseconds(shape, rates)
