@@ -1,7 +1,7 @@
 """Time attention to a fixed context on a GPU: dense and squeezed in one run, each a CUDA graph over several layers.
 
-Consecutive layers hold different memory, so that no cache serves a repetition; times are per layer. The threshold is the
-quantile over all heads and keys of calibration queries that are not the timed ones.
+Consecutive layers hold different memory, so that no cache serves a repetition; times are per layer. The threshold is
+the quantile over all heads and keys of calibration queries that are not the timed ones.
 """
 
 from __future__ import annotations

@@ -49,6 +49,8 @@ SMALL = [
     Case(clusters=50, largest=3, window=0, seed=7),
     Case(head_dim=128, dtype=torch.float16, q_heads=8, seed=8),
     Case(head_dim=256, dtype=torch.float16, queries=40, seed=9),
+    Case(q_heads=4, levels=2, seed=18, second_order=True),
+    Case(q_heads=4, queries=30, levels=2, seed=19, second_order=True),
     Case(clusters=1100, largest=6, kv_heads=1, q_heads=1, seed=10),
 ]
 LARGE = [
@@ -141,7 +143,8 @@ def test_the_work_list_names_each_kept_key_once(case: Case) -> None:
     window = (layer.clustered, layer.tokens)
     for width in (1, 8):
         narrow = replace(config, width=width)
-        work = select_keys(grouped, *parts, layer.clustered, thresholds, window, scale, narrow)
+        spreads = [level.spread for level in layer.levels] if case.second_order else None
+        work = select_keys(grouped, *parts, layer.clustered, thresholds, window, scale, narrow, spreads=spreads)
         times = list_to_mask(work.entries.cpu(), work.counts.cpu(), width, layer.tokens)
         selected = reference_selection(query, layer, thresholds, scale)
         expected = reference.expand_to_children(selected, layer.levels[0].offsets, layer.tokens).long().cpu()
@@ -197,9 +200,10 @@ def test_repeated_calls_give_the_same_bits() -> None:
 
 
 @on_device
+@pytest.mark.parametrize("second_order", [False, True])
 @pytest.mark.parametrize(("q_heads", "queries"), [(2, 1), (4, 1), (4, 40)])
-def test_eight_bit_storage_is_close_and_exact_in_what_it_stores(q_heads: int, queries: int) -> None:
-    case = Case(dtype=torch.float16, q_heads=q_heads, queries=queries, levels=2, seed=15)
+def test_eight_bit_storage_is_close_and_exact_in_what_it_stores(q_heads: int, queries: int, second_order: bool) -> None:
+    case = Case(dtype=torch.float16, q_heads=q_heads, queries=queries, levels=2, seed=15, second_order=second_order)
     query, layer, thresholds, scale = setup(case)
     packed = to_eight_bits(layer)
     everything = torch.full_like(thresholds, float("-inf"))
@@ -214,6 +218,9 @@ def test_eight_bit_storage_is_close_and_exact_in_what_it_stores(q_heads: int, qu
     expected, expected_lse = judge(query, unpacked, selected, layer.tokens, scale)
     assert relative_error(output, expected) < 3e-3
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-3, atol=1e-2)
+    kept = attend_fixed(query, packed, thresholds, layer.tokens, scale)[2]
+    wanted = attend_fixed(query, layer, thresholds, layer.tokens, scale)[2]
+    assert (kept - wanted).abs().max() <= 0.1 * layer.clustered
     exact, _ = judge(query, layer, selected, layer.tokens, scale)
     assert relative_error(output, exact) < 0.04
 
@@ -266,7 +273,7 @@ def test_the_operator_is_registered_with_a_matching_fake() -> None:
     query, layer, thresholds, scale = setup(case)
     level = layer.levels[0]
     arguments = (query, layer.keys, layer.values, [level.centroids], [level.sizes], [level.offsets])
-    rest = (layer.clustered, thresholds, layer.tokens, scale, [])
+    rest = (layer.clustered, thresholds, layer.tokens, scale, [], [])
     torch.library.opcheck(
         torch.ops.squeezed.attend_fixed.default, (*arguments, *rest), test_utils=("test_schema", "test_faketensor")
     )

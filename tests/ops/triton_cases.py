@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ class Case:
     window: int = 21
     dtype: torch.dtype = torch.float32
     seed: int = 0
+    second_order: bool = False
 
 
 def _partition(total: int, parts: int, generator: torch.Generator) -> Tensor:
@@ -75,6 +76,11 @@ def make_layer(case: Case, device: str = "cpu") -> ClusteredKeys:
         runs = [_partition(count, max(1, count // 4), generator) for count in counts]
         stats = [_means(mean, size, run) for (mean, size), run in zip(stats, runs, strict=True)]
         levels.append(_level([s for _, s in stats], runs, [m for m, _ in stats], case.dtype))
+    if case.second_order:
+        levels = [
+            replace(level, spread=torch.rand(level.sizes.shape, generator=generator) / level.shape[2] * 40)
+            for level in levels
+        ]
     positions = torch.arange(clustered, dtype=torch.int32).expand(case.kv_heads, -1).contiguous()
     return ClusteredKeys(keys, values, positions, tuple(levels), clustered).to(device)
 
@@ -90,7 +96,7 @@ def reference_selection(query: Tensor, layer: ClusteredKeys, log_thresholds: Ten
     allowed = None
     for level in reversed(range(len(layer.levels))):
         here = layer.levels[level]
-        scores = reference.score_centroids(query, here.centroids, here.sizes, scale, allowed)
+        scores = reference.score_centroids(query, here.centroids, here.sizes, scale, allowed, here.spread)
         selected = reference.select_clusters(scores, float(log_thresholds[level]))
         if level:
             allowed = reference.expand_to_children(selected, here.offsets, layer.levels[level - 1].shape[1])
@@ -103,7 +109,7 @@ def quantile_thresholds(query: Tensor, layer: ClusteredKeys, scale: float, keep:
     allowed = None
     for level in reversed(range(len(layer.levels))):
         here = layer.levels[level]
-        scores = reference.score_centroids(query, here.centroids, here.sizes, scale, allowed)
+        scores = reference.score_centroids(query, here.centroids, here.sizes, scale, allowed, here.spread)
         finite = scores[scores.isfinite()].sort().values
         if len(finite) > 1:
             share = keep ** (1 / len(layer.levels))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from squeezed.ops.triton import device as dev
 from squeezed.ops.triton.eight_bit import ChannelScales, scaled_query
-from squeezed.ops.triton.join import group_of, join_rows, large_share, store_result, tiles_of
+from squeezed.ops.triton.join import group_of, join_rows, store_result, tiles_of
 from squeezed.ops.triton.select import WorkList
 from squeezed.ops.triton.stream import stream, stream_packed_row
 
@@ -37,8 +37,6 @@ class AttendConfig:
     stages: int
     programs_per_multiprocessor: int
     width: int
-    small_shares: int = 0
-    whole_tiles: bool = True
     registers: int | None = None
 
 
@@ -52,7 +50,7 @@ def attend_config(head_dim: int, rows: int, dtype: torch.dtype, keys: int) -> At
     """
     block_rows = 1 if dtype.itemsize == 1 and rows == 1 else dev.padded_rows(rows)
     if dev.INTERPRETED:
-        return AttendConfig(min(block_rows, 32), 32, 4, 1, 1, 8 if rows <= dev.FEW_ROWS else 1, small_shares=1)
+        return AttendConfig(min(block_rows, 32), 32, 4, 1, 1, 8 if rows <= dev.FEW_ROWS else 1)
     wide = head_dim * dtype.itemsize // 128
     if rows > dev.FEW_ROWS:
         if wide <= 2:
@@ -86,7 +84,6 @@ def _attend(
     tokens,
     list_size,
     groups,
-    small_groups,
     WIDTH: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -94,7 +91,6 @@ def _attend(
     BLOCK_PROBLEMS: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
-    WHOLE_TILES: tl.constexpr,
     PACKED: tl.constexpr,
     FAST: tl.constexpr,
     PDL: tl.constexpr,
@@ -109,9 +105,8 @@ def _attend(
     tiles = (count * WIDTH + (BLOCK_N - 1)) // BLOCK_N
     ends = tl.cumsum(tiles, axis=0)
     total = tl.sum(tiles, axis=0)
-    large = large_share(total, groups, small_groups)
-    tile = tiles_of(group, total, large, groups, small_groups)
-    stop = tiles_of(group + 1, total, large, groups, small_groups)
+    tile = tiles_of(group, groups, total)
+    stop = tiles_of(group + 1, groups, total)
 
     dim = tl.arange(0, HEAD_DIM)
     row = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -141,7 +136,7 @@ def _attend(
             q, logit_scale, shift = scaled_query(q, key_scale, key_mean, head, scale_log2, HEAD_DIM)
             acc, top, weight = stream(
                 q, key_base, value_base, list_base, tile - head_start, part_stop - head_start, head_count, logit_scale,
-                WIDTH, HEAD_DIM, BLOCK_R, BLOCK_N, STAGES, PRECISION, WHOLE_TILES,
+                WIDTH, HEAD_DIM, BLOCK_R, BLOCK_N, STAGES, PRECISION,
             )  # fmt: skip
         acc = acc / weight[:, None]
         # Along the row of tiles group and problem only grow, and one of them grows from part to part: the sum is a slot
@@ -167,7 +162,6 @@ def _join_parts(
     rows,
     part_rows,
     groups,
-    small_groups,
     WIDTH: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -189,9 +183,8 @@ def _join_parts(
     head_start = tl.sum(tl.where(problem_index < problem, tiles, 0), axis=0)
     head_tiles = tl.sum(tl.where(problem_index == problem, tiles, 0), axis=0)
     if head_tiles > 0:
-        large = large_share(total, groups, small_groups)
-        first = group_of(head_start, total, large, groups, small_groups)
-        last = group_of(head_start + head_tiles - 1, total, large, groups, small_groups)
+        first = group_of(head_start, groups, total)
+        last = group_of(head_start + head_tiles - 1, groups, total)
         joined, joined_lse = join_rows(
             part_out,
             part_lse,
@@ -238,14 +231,13 @@ def attend_list(
     row_blocks = triton.cdiv(rows, config.block_rows)
     packed = config.block_rows == 1
     groups = max(1, dev.multiprocessors(query.device) * config.programs_per_multiprocessor // row_blocks)
-    small_groups = groups * config.small_shares
     join_block = 1 if rows <= dev.FEW_ROWS else 16
     part_rows = triton.cdiv(rows, join_block) * join_block
     empty = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
     output, lse = empty(batch, kv_heads, rows, head_dim), empty(batch, kv_heads, rows)
     part_out, part_lse = (
-        empty(groups + small_groups + problems, part_rows, head_dim),
-        empty(groups + small_groups + problems, part_rows),
+        empty(groups + problems, part_rows, head_dim),
+        empty(groups + problems, part_rows),
     )
     launch = {"PDL": dev.has_dependent_launch(query.device), **dev.launch_options(query.device)}
     tiling = {
@@ -254,7 +246,7 @@ def attend_list(
         "BLOCK_N": config.block_keys,
         "BLOCK_PROBLEMS": triton.next_power_of_2(problems),
     }
-    _attend[((groups + small_groups) * row_blocks,)](
+    _attend[(groups * row_blocks,)](
         query,
         keys.view(torch.int32) if packed else keys,
         values.view(torch.int32) if packed else values,
@@ -272,11 +264,9 @@ def attend_list(
         keys.shape[1],
         work.entries.shape[1],
         groups,
-        small_groups,
         BLOCK_R=config.block_rows,
         STAGES=config.stages,
         PRECISION=dev.dot_precision(query.dtype),
-        WHOLE_TILES=config.whole_tiles,
         PACKED=4 if packed else 1,
         FAST=not dev.INTERPRETED,
         num_warps=config.warps,
@@ -296,7 +286,6 @@ def attend_list(
         rows,
         part_rows,
         groups,
-        small_groups,
         ROWS=join_block,
         PARTS=max(1, 8192 // (head_dim * join_block)),
         **tiling,

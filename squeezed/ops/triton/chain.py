@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from squeezed.ops.layout import ClusteredKeys
+from squeezed.ops.layout import ClusteredKeys, ClusterLevel
 from squeezed.ops.triton import device as dev
 from squeezed.ops.triton.attend import AttendConfig, attend_config, attend_list
 from squeezed.ops.triton.eight_bit import ChannelScales, EightBitKeys
@@ -29,6 +29,7 @@ def select_keys(
     scale: float,
     config: AttendConfig,
     scales: ChannelScales | None = None,
+    spreads: list[Tensor] | None = None,
 ) -> WorkList:
     """Score and select level by level, coarsest first.
 
@@ -40,6 +41,7 @@ def select_keys(
         window: [start, end) of the keys that every list ends with.
         config: of the attention that will read the list.
         scales: of centroids stored in 8 bits.
+        spreads: `ClusterLevel.spread` of each level, for second-order scores.
 
     Returns:
         the list of keys.
@@ -52,7 +54,10 @@ def select_keys(
         ids, id_counts = (work.entries, work.counts) if work else (None, None)
         capacity = centroids[level].shape[1] if ids is None else ids.shape[1]
         status_words = problems * chunks_of(capacity, rows if rows <= dev.FEW_ROWS else 1)
-        scores: Scores = score(query, centroids[level], sizes[level], scale, status_words, ids, id_counts, scales)
+        spread = spreads[level] if spreads else None
+        scores: Scores = score(
+            query, centroids[level], sizes[level], scale, status_words, ids, id_counts, scales, spread
+        )
         finest = level == 0
         work = select_clusters(
             scores,
@@ -83,6 +88,7 @@ def _attend_fixed(
     window_end: int,
     scale: float,
     scales: list[Tensor],
+    spreads: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, q_heads, queries, head_dim = query.shape
     dev.check_head_dim(head_dim)
@@ -102,6 +108,7 @@ def _attend_fixed(
         scale,
         config,
         channel_scales,
+        spreads,
     )
     output, lse = attend_list(grouped, keys, values, work, scale, config, channel_scales)
     shape = (batch, q_heads, queries)
@@ -121,6 +128,7 @@ def _(
     window_end: int,
     scale: float,
     scales: list[Tensor],
+    spreads: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, q_heads, queries, _ = query.shape
     return (
@@ -128,6 +136,10 @@ def _(
         query.new_empty((batch, q_heads, queries), dtype=torch.float32),
         query.new_empty((batch, keys.shape[0]), dtype=torch.int32),
     )
+
+
+def _spread_or_zero(level: ClusterLevel) -> Tensor:
+    return torch.zeros_like(level.sizes, dtype=torch.float32) if level.spread is None else level.spread
 
 
 def attend_fixed(
@@ -150,6 +162,9 @@ def attend_fixed(
     if isinstance(layer, EightBitKeys):
         scales = list(layer.scales)
         layer = layer.layer
+    spreads: list[Tensor] = []
+    if any(level.spread is not None for level in layer.levels):
+        spreads = [_spread_or_zero(level) for level in layer.levels]
     return torch.ops.squeezed.attend_fixed(
         query,
         layer.keys,
@@ -162,4 +177,5 @@ def attend_fixed(
         window_end,
         scale,
         scales,
+        spreads,
     )

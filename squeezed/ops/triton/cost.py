@@ -1,7 +1,7 @@
 """When dense attention is faster: a model of both, fitted to the measurements in docs/results/kernel-notes.md.
 
-Decoding is bound by bytes and by launches, question prefill by products; each is a constant plus work over a rate. Fitted on
-one H100 80GB (2026-11-21) over 8K to 512K tokens, 8 and 32 KV heads, head_dim 128; within 15% of every measurement.
+Decoding is bound by bytes and by launches, question prefill by products; each is a constant plus work over a rate.
+Fitted on one H100 80GB (2026-11-21) over 8K to 1M tokens, 8 and 32 KV heads, head_dim 128.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ H100 = DeviceRates()
 
 
 def dense_microseconds(shape: AttentionShape, rates: DeviceRates = H100) -> float:
-    """Expected time of the fastest dense attention over all fixed tokens, 16-bit; each question of a batch reads them."""
+    """Expected time of the fastest dense attention over all fixed tokens, 16-bit, read for each question."""
     moved = 4 * shape.batch * shape.kv_heads * shape.tokens * shape.head_dim
     flops = 4 * shape.batch * shape.q_heads * shape.queries * shape.tokens * shape.head_dim
     return rates.dense_start + max(moved / rates.dense_bytes, flops / rates.dense_flops)

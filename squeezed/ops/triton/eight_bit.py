@@ -104,7 +104,7 @@ def unpack(word, FAST: tl.constexpr):
 
 @triton.jit
 def packed_query(query, key_scale, key_mean, HEAD_DIM: tl.constexpr):
-    """One query row, scaled for packed keys: its channels 4 w + i for i = 0..3, [HEAD_DIM / 4] each, and the shift."""
+    """One query row, scaled for packed keys: channels 4 w + i for i = 0..3, [HEAD_DIM / 4] each; shift and |q|^2."""
     word = tl.arange(0, HEAD_DIM // 4) * 4
     q0 = tl.load(query + word).to(tl.float32)
     q1 = tl.load(query + word + 1).to(tl.float32)
@@ -112,11 +112,12 @@ def packed_query(query, key_scale, key_mean, HEAD_DIM: tl.constexpr):
     q3 = tl.load(query + word + 3).to(tl.float32)
     mean = q0 * tl.load(key_mean + word) + q1 * tl.load(key_mean + word + 1)
     mean += q2 * tl.load(key_mean + word + 2) + q3 * tl.load(key_mean + word + 3)
+    norm = tl.sum(q0 * q0 + q1 * q1 + q2 * q2 + q3 * q3, axis=0)
     q0 *= tl.load(key_scale + word)
     q1 *= tl.load(key_scale + word + 1)
     q2 *= tl.load(key_scale + word + 2)
     q3 *= tl.load(key_scale + word + 3)
-    return q0, q1, q2, q3, tl.sum(mean, axis=0)
+    return q0, q1, q2, q3, tl.sum(mean, axis=0), norm
 
 
 @triton.jit

@@ -23,37 +23,18 @@ def store_result(output, lse_out, acc, lse, problem, row, rows, scale, mean, HEA
 
 
 @triton.jit
-def large_share(total, groups, small_groups):
-    """How many of `total` tiles the first `groups` take; the rest goes to smaller groups, which start when those end.
-
-    Multiprocessors differ in how fast they read by 10%: the small shares even that out. Few tiles are not worth it.
-    """
-    return tl.where((small_groups == 0) | (total < 16 * small_groups), total, total - total // 8)
+def tiles_of(group, groups, total):
+    """First tile of a group: contiguous shares that differ by one at most; some are empty where tiles are few."""
+    return group * (total // groups) + tl.minimum(group, total % groups)
 
 
 @triton.jit
-def tiles_of(group, total, large, groups, small_groups):
-    """First tile of a group. Shares are contiguous; those of one kind differ by one at most and may be empty."""
-    small = group - groups
-    first_small = large + small * ((total - large) // tl.maximum(small_groups, 1))
-    first_small += tl.minimum(small, (total - large) % tl.maximum(small_groups, 1))
-    first_large = group * (large // groups) + tl.minimum(group, large % groups)
-    return tl.where(group < groups, first_large, tl.minimum(first_small, total))
-
-
-@triton.jit
-def _share_of(tile, total, groups):
+def group_of(tile, groups, total):
+    """The group that `tiles_of` gives a tile to."""
     share = total // groups
     longer = total % groups
     in_longer = tile // (share + 1)
     return tl.where(in_longer < longer, in_longer, longer + (tile - longer * (share + 1)) // tl.maximum(share, 1))
-
-
-@triton.jit
-def group_of(tile, total, large, groups, small_groups):
-    """The group that `tiles_of` gives a tile to."""
-    in_small = groups + _share_of(tile - large, total - large, tl.maximum(small_groups, 1))
-    return tl.where(tile < large, _share_of(tile, large, groups), in_small)
 
 
 @triton.jit

@@ -50,6 +50,7 @@ def _score_few_rows(
     key_scale,
     key_mean,
     sizes,
+    spread,
     ids,
     id_counts,
     logits,
@@ -97,13 +98,16 @@ def _score_few_rows(
         if BLOCK_R == 1:
             row_scale = key_scale + head * HEAD_DIM
             row_mean = key_mean + head * HEAD_DIM
-            q0, q1, q2, q3, _ = packed_query(query + problem.to(tl.int64) * HEAD_DIM, row_scale, row_mean, HEAD_DIM)
+            row_query = query + problem.to(tl.int64) * HEAD_DIM
+            q0, q1, q2, q3, _, norm = packed_query(row_query, row_scale, row_mean, HEAD_DIM)
+            norm = tl.zeros([1], tl.float32) + norm
         else:
             q = tl.load(
                 query + (problem.to(tl.int64) * rows + row[:, None]) * HEAD_DIM + dim[None, :],
                 mask=row_mask[:, None],
                 other=0.0,
             )
+            norm = tl.sum(q.to(tl.float32) * q.to(tl.float32), axis=1)
             q, logit_scale, _ = scaled_query(q, key_scale, key_mean, head, scale, HEAD_DIM)
         steps = tl.minimum(TILES, tl.cdiv(count - begin, BLOCK_C))
         for tile in tl.range(0, steps, num_stages=STAGES):
@@ -118,6 +122,9 @@ def _score_few_rows(
                 scores = packed_logits(c, q0, q1, q2, q3, FAST)[None, :] * scale
             else:
                 scores = tl.dot(q, tl.trans(c.to(q.dtype)), input_precision=PRECISION) * logit_scale
+            if spread is not None:
+                variance = tl.load(spread + head * clusters + cluster, mask=inside, other=0.0)
+                scores += (norm * (0.5 * scale * scale))[:, None] * variance[None, :]
             scores = tl.where((size > 0)[None, :], scores, float("-inf"))
             tl.store(
                 logits + (problem.to(tl.int64) * rows + row[:, None]) * capacity + index[None, :],
@@ -144,6 +151,7 @@ def score_few_rows(
     ids: Tensor | None = None,
     id_counts: Tensor | None = None,
     scales: ChannelScales | None = None,
+    spread: Tensor | None = None,
     *,
     block: int | None = None,
     tiles: int | None = None,
@@ -160,6 +168,7 @@ def score_few_rows(
         sync_words: int64 words to hand on, zeroed, to the kernels that follow.
         ids, id_counts: [B * Hk, capacity] and [B * Hk] int32, the clusters a coarser level left.
         scales: of centroids stored in 8 bits.
+        spread: [Hk, K] float32, mean variance of each cluster's keys, for second-order scores.
     """
     batch, kv_heads, rows, head_dim = query.shape
     clusters = centroids.shape[1]
@@ -181,6 +190,7 @@ def score_few_rows(
         scales.key_scale if scales else None,
         scales.key_mean if scales else None,
         sizes,
+        spread,
         ids,
         id_counts,
         logits,

@@ -61,6 +61,8 @@ def _reduce_product(
     centroids,
     log_sizes,
     log_weights,
+    spread,
+    norms,
     ids,
     id_counts,
     row_lse,
@@ -109,6 +111,9 @@ def _reduce_product(
         x = tl.load(query_base + x_index[:, None] * HEAD_DIM + dim[None, :], mask=x_mask[:, None], other=0.0)
         y_base = centroid_base
         bias_base = log_sizes + head * clusters
+        if spread is not None:
+            x_factor = tl.load(norms + problem * rows + x_index, mask=x_mask, other=0.0)
+            y_factors = spread + head * clusters
     else:
         y_start = 0
         y_stop = tl.where(block * BLOCK_X < count, rows, 0)
@@ -118,18 +123,24 @@ def _reduce_product(
         x = x.to(query.dtype.element_ty)
         y_base = query_base
         bias_base = log_weights + problem * rows
+        if spread is not None:
+            x_factor = tl.load(spread + head * clusters + x_cluster, mask=x_mask, other=0.0)
+            y_factors = norms + problem * rows
     top = tl.full([BLOCK_X], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_X], tl.float32)
     for start in tl.range(y_start, y_stop, BLOCK_Y, num_stages=STAGES):
         y_index = start + tl.arange(0, BLOCK_Y)
         y_mask = y_index < y_stop
-        y_place = y_index
+        # Past the end the last row again, which a bias of -inf removes: cheaper than masks on every load.
+        y_place = tl.minimum(y_index, y_stop - 1)
         if ROWS_FIRST:  # noqa: SIM102
             if HAS_IDS:
-                y_place = tl.load(id_base + y_index, mask=y_mask, other=0)
-        y = tl.load(y_base + y_place[:, None] * HEAD_DIM + dim[None, :], mask=y_mask[:, None], other=0.0)
+                y_place = tl.load(id_base + y_place)
+        y = tl.load(y_base + y_place[:, None] * HEAD_DIM + dim[None, :])
         bias = tl.load(bias_base + y_place, mask=y_mask, other=float("-inf"))
         logits = tl.dot(x, tl.trans(y.to(x.dtype)), input_precision=PRECISION) * scale_log2 + bias[None, :]
+        if spread is not None:
+            logits += x_factor[:, None] * tl.load(y_factors + y_place)[None, :]
         new_top = tl.maximum(top, tl.max(logits, axis=1))
         safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
         total = total * tl.exp2(top - safe_top) + tl.sum(tl.exp2(logits - safe_top[:, None]), axis=1)
@@ -152,13 +163,17 @@ def score_many_rows(
     ids: Tensor | None = None,
     id_counts: Tensor | None = None,
     scales: ChannelScales | None = None,
+    spread: Tensor | None = None,
     *,
     block: int = 128,
     across: int | None = None,
-    stages: int = 2,
+    stages: int | None = None,
     warps: int = 4,
 ) -> Scores:
     """Log scores of every centroid (or of those in `ids`), averaged over all rows. Arguments as `score_few_rows`."""
+    norms = None
+    if spread is not None:
+        norms = query.float().square().sum(-1) * (0.5 * scale**2 * LOG2E)
     if scales is not None:
         query = (query.float() * (scales.key_scale * LIFT.value)[:, None]).half()
         scale /= LIFT.value
@@ -170,6 +185,8 @@ def score_many_rows(
     across = across or {1: 128, 2: 128}.get(wide, 32)
     block = min(block, max(16, triton.next_power_of_2(rows))) if not dev.INTERPRETED else 32
     block = block if wide <= 4 else 32
+    # Centroids reached through a list take one stage more to load.
+    stages = stages or (2 if ids is None else 3)
     row_blocks = triton.cdiv(rows, block)
     wanted = 2 * dev.multiprocessors(query.device) // (row_blocks * problems)
     splits = 1 << max(0, min(16, wanted, triton.cdiv(capacity, across)).bit_length() - 1)
@@ -185,6 +202,8 @@ def score_many_rows(
             centroids,
             log_sizes,
             log_weights,
+            spread,
+            norms,
             ids,
             id_counts,
             row_lse,

@@ -40,7 +40,6 @@ def stream(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
-    WHOLE_TILES: tl.constexpr,
 ):
     """Tiles [start, stop): unnormalised sum of values [BLOCK_R, HEAD_DIM], maximum and weight sum [BLOCK_R], base 2."""
     dim = tl.arange(0, HEAD_DIM)
@@ -48,8 +47,8 @@ def stream(
     total = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, HEAD_DIM], tl.float32)
     full = start
-    if WIDTH == 1 and WHOLE_TILES:
-        # All but the last tile of a head are full: without masks the many-row loop has a fifth less to do.
+    if WIDTH == 1:
+        # All but the last tile of a head are full; without masks nothing spills in the many-row loop.
         full = tl.maximum(start, tl.minimum(stop, count // BLOCK_N))
         for step in tl.range(start, full, num_stages=STAGES):
             position = tl.load(list_base + step * BLOCK_N + tl.arange(0, BLOCK_N))
@@ -104,7 +103,7 @@ def stream_packed_row(
     """
     WORDS: tl.constexpr = HEAD_DIM // 4
     word = tl.arange(0, WORDS)
-    q0, q1, q2, q3, mean = packed_query(query, key_scale, key_mean, HEAD_DIM)
+    q0, q1, q2, q3, mean, _ = packed_query(query, key_scale, key_mean, HEAD_DIM)
     top = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     acc0 = tl.zeros([BLOCK_N, WORDS], tl.float32)
