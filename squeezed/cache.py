@@ -140,6 +140,24 @@ class FixedSlidingLayer(DynamicSlidingWindowLayer):
         super().lazy_initialization(key_states, value_states)
         batch = key_states.shape[0]
         self.keys, self.values = (tail.expand(batch, -1, -1, -1) for tail in self._tail)
+        # Padding of a batch lies behind the tail and takes slots, at most as many as the longest question has tokens.
+        self._slots = self.sliding_window - 1 + (key_states.shape[-2] if batch > 1 else 0)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.cumulative_length += key_states.shape[-2]
+        keys = torch.cat([self.keys, key_states], dim=-2)
+        values = torch.cat([self.values, value_states], dim=-2)
+        kept = slice(max(0, keys.shape[-2] - self._slots), None)
+        self.keys, self.values = keys[:, :, kept], values[:, :, kept]
+        return keys, values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        stored = (self.keys if self.is_initialized else self._tail[0]).shape[-2]
+        return stored + query_length, self.cumulative_length - stored
 
 
 class SqueezedCache(Cache):

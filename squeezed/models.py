@@ -9,11 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from squeezed.errors import InputError
 
 _SQUEEZED, _SLIDING = "full_attention", "sliding_attention"
+# What the configuration of a type does not say in any field of its own.
+_REFUSED_TYPES = {
+    "bloom": "adds ALiBi biases to its attention logits",
+    "mpt": "adds ALiBi biases to its attention logits",
+    "gpt_oss": "has learned attention sinks",
+    "diffllama": "subtracts one attention from another",
+    "doge": "masks keys by their values",
+}
 
 
 @dataclass(frozen=True)
@@ -57,15 +66,22 @@ def load_model(
 
             loading["quantization_config"] = GgufConfig(dequantize=True)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=precision, attn_implementation="sdpa", **loading)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, dtype=precision, attn_implementation="sdpa", output_loading_info=True, **loading
+        )
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"model {name!r} can't be loaded: {reason}; expected a transformers folder with weights and a tokenizer, "
             "a .gguf file, a hub name that can be reached, or demo"
         ) from error
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(
+            f"model {name!r} lacks {len(missing)} weights of its architecture ({missing[0]} is the first); "
+            "get the whole checkpoint"
+        )
     plan_layers(model)
     return model.to(device).eval(), tokenizer
 
@@ -96,8 +112,11 @@ def _check_config(config: Any) -> None:
     kind = getattr(config, "model_type", type(config).__name__)
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{kind} is an encoder-decoder; expected a decoder-only language model")
+    if kind in _REFUSED_TYPES:
+        raise InputError(f"{kind} {_REFUSED_TYPES[kind]}, which is not supported; try Qwen3 or Llama")
     text = config.get_text_config()
     for field, why in (
+        ("alibi", "adds ALiBi biases to its attention logits"),
         ("attn_logit_softcapping", "caps its attention logits"),
         ("kv_lora_rank", "keeps a compressed latent instead of keys and values"),
         ("num_kv_shared_layers", "shares keys and values between layers"),

@@ -1,0 +1,41 @@
+"""What all tests share: one thread, since tiny tensors gain nothing from more, and random models and contexts."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch and the compiled loops start their pools.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")
+
+from collections.abc import Iterator
+
+import pytest
+import tiny
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from squeezed.context import FixedContext
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def llama() -> PreTrainedModel:
+    return tiny.model("llama")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny.tokenizer()
+
+
+@pytest.fixture(scope="session")
+def context(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> FixedContext:
+    return FixedContext.from_text(llama, tokenizer, tiny.text(), tiny.BUILD)

@@ -1,0 +1,132 @@
+"""Every family of decoders: dense when nothing is left out, each question as if alone, any prefill chunk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from squeezed.attention import attached
+from squeezed.context import FixedContext
+from squeezed.models import plan_layers
+
+TOKENIZER = tiny.tokenizer()
+FEW = ("llama", "qwen2-bias", "gemma3-sliding", "phi3-longrope")
+
+
+@cache
+def model(family: str) -> PreTrainedModel:
+    return tiny.model(family)
+
+
+@cache
+def context(family: str, levels: int = 1) -> FixedContext:
+    return FixedContext.from_text(model(family), TOKENIZER, tiny.text(), replace(tiny.BUILD, levels=levels))
+
+
+def answer(
+    family: str, questions: tuple[str, ...], sparsity: float, levels: int = 1, tokens: int = 8
+) -> tuple[Tensor, list[Tensor]]:
+    inputs = context(family, levels).inputs(TOKENIZER, questions, sparsity=sparsity)
+    with torch.inference_mode(), attached(model(family)):
+        return tiny.generate(model(family), tokens, **inputs)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_sparsity_0_is_the_models_own_dense_generation(family: str) -> None:
+    question = tiny.QUESTIONS[1]
+    fixed = context(family)
+    inputs = fixed.inputs(TOKENIZER, [question])
+    whole = torch.cat([fixed.ids[: inputs["past_key_values"].fixed_tokens], inputs["input_ids"][0]])[None]
+    with torch.inference_mode():
+        expected, dense_logits = tiny.generate(
+            model(family), 64, input_ids=whole, attention_mask=torch.ones_like(whole)
+        )
+    found, logits = answer(family, (question,), 0.0, tokens=64)
+    assert found.tolist() == expected.tolist()
+    assert tiny.relative_error(logits[0], dense_logits[0]) < 1e-3
+    assert tiny.relative_error(logits[-1], dense_logits[-1]) < 1e-3
+
+
+@pytest.mark.parametrize(("sparsity", "levels"), [(0.0, 1), (0.7, 1), (0.7, 2)])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_each_question_of_a_batch_is_answered_as_if_alone(family: str, sparsity: float, levels: int) -> None:
+    together, logits = answer(family, tiny.QUESTIONS, sparsity, levels)
+    for row, question in enumerate(tiny.QUESTIONS):
+        alone, alone_logits = answer(family, (question,), sparsity, levels)
+        assert together[row].tolist() == alone[0].tolist(), question
+        assert tiny.relative_error(logits[0][row], alone_logits[0][0]) < 1e-4, question
+
+
+@pytest.mark.parametrize("family", FEW)
+def test_leaving_keys_out_changes_the_logits(family: str) -> None:
+    _, dense = answer(family, (tiny.QUESTIONS[1],), 0.0, tokens=1)
+    _, squeezed = answer(family, (tiny.QUESTIONS[1],), 0.9, tokens=1)
+    assert tiny.relative_error(squeezed[0], dense[0]) > 1e-4
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_prefill_chunk_does_not_matter(family: str) -> None:
+    whole, chunked = (
+        FixedContext.from_text(model(family), TOKENIZER, tiny.text(), replace(tiny.BUILD, chunk=chunk, iterations=1))
+        for chunk in (10_000, 7)
+    )
+    for a, b in zip(whole.layers, chunked.layers, strict=True):
+        # Rounding may move a key to another cluster, so the sums over the store are compared.
+        assert tiny.relative_error(b.keys.double().sum(1), a.keys.double().sum(1)) < 1e-4
+        assert tiny.relative_error(b.values.double().square().sum(1), a.values.double().square().sum(1)) < 1e-4
+
+
+@pytest.mark.parametrize("family", FEW)
+@pytest.mark.parametrize("ways", [{"do_sample": True, "temperature": 0.8, "top_p": 0.9}, {"num_beams": 3}])
+def test_sampling_and_beams_work_on_a_batch(family: str, ways: dict[str, object]) -> None:
+    inputs = context(family).inputs(TOKENIZER, tiny.QUESTIONS, sparsity=0.7)
+    torch.manual_seed(0)
+    with torch.inference_mode(), attached(model(family)):
+        out = model(family).generate(**inputs, max_new_tokens=5, pad_token_id=0, **ways)
+    assert out.shape == (len(tiny.QUESTIONS), inputs["input_ids"].shape[1] + 5)
+
+
+@pytest.mark.parametrize("family", FEW)
+def test_beams_at_sparsity_0_are_the_models_own(family: str) -> None:
+    fixed = context(family)
+    inputs = fixed.inputs(TOKENIZER, [tiny.QUESTIONS[0]], sparsity=0.0)
+    whole = torch.cat([fixed.ids[: inputs["past_key_values"].fixed_tokens], inputs["input_ids"][0]])[None]
+    ways = {"num_beams": 3, "max_new_tokens": 10, "pad_token_id": 0, "do_sample": False}
+    with torch.inference_mode():
+        expected = model(family).generate(input_ids=whole, attention_mask=torch.ones_like(whole), **ways)
+        with attached(model(family)):
+            found = model(family).generate(**inputs, **ways)
+    assert found[0, -10:].tolist() == expected[0, -10:].tolist()
+
+
+def test_several_ways_to_answer_use_one_context_without_changing_it() -> None:
+    before = [layer.keys.clone() for layer in context("gemma3-sliding").layers]
+    first = answer("gemma3-sliding", tiny.QUESTIONS, 0.7)[0]
+    answer("gemma3-sliding", tiny.QUESTIONS[:1], 0.0)
+    assert answer("gemma3-sliding", tiny.QUESTIONS, 0.7)[0].tolist() == first.tolist()
+    assert all(torch.equal(a, layer.keys) for a, layer in zip(before, context("gemma3-sliding").layers, strict=True))
+
+
+def test_a_model_stays_usable_for_other_work_while_attached() -> None:
+    ids = torch.arange(20)[None]
+    with torch.inference_mode():
+        expected = model("gemma3-sliding")(ids).logits
+        with attached(model("gemma3-sliding")):
+            found = model("gemma3-sliding")(ids).logits
+        after = model("gemma3-sliding")(ids).logits
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(after, expected)
+
+
+@pytest.mark.parametrize("family", [name for name in tiny.FAMILIES if "sliding" in name or "mixed" in name])
+def test_layers_with_a_sliding_window_stay_dense(family: str) -> None:
+    plan = plan_layers(model(family))
+    assert plan.squeezed == (1,)
+    assert plan.sliding == {0: 20, 2: 20}
+    assert [layer.is_sliding for layer in context(family).cache(0.9).layers] == [True, False, True]
