@@ -149,6 +149,7 @@ class Conversation:
         cache, seen = self._continue(given_up, ids)
         inputs = pad_left([ids[seen:]], cache.fixed_tokens + seen, self.tokenizer, self.model.device)
         before = (cache.prefill_usage, cache.decode_usage)
+        self._cache = None  # a turn that fails half-way leaves tokens in it that nothing accounts for
         answers, generated = _generate(
             self.model,
             self.tokenizer,

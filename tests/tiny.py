@@ -45,7 +45,7 @@ def tokenizer(template: str | None = TEMPLATE, bos: bool = False) -> PreTrainedT
 
 def prefix_space_tokenizer(template: str | None = TEMPLATE, bos: bool = False) -> PreTrainedTokenizerFast:
     """Like a sentencepiece model: a space in front of everything, so that no tail tokenises as it does in the whole."""
-    spaced = [(left.replace(" ", "▁"), right) for left, right in MERGES]
+    spaced = [(left.replace(" ", "▁"), right.replace(" ", "▁")) for left, right in MERGES]
     backend = _bpe(ALPHABET.replace(" ", "▁"), spaced)
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence(
@@ -82,7 +82,7 @@ VOCABULARY = len(tokenizer())
 def text(characters: int = 300, seed: int = 0) -> str:
     """Made-up sentences that end in a full stop."""
     generator = random.Random(seed)
-    words = "the than anther Water rant net Stone thereabouts 42 lanterns of an ebb".split()
+    words = ("the", "than", "anther", "Water", "rant", "net", "Stone", "thereabouts", "42", "lanterns", "of", "an")
     out = ""
     while len(out) < characters:
         out += " ".join(generator.choices(words, k=6)) + ". "
