@@ -203,7 +203,8 @@ def measure(case: Case, layers: int, build_seed: int = 0) -> dict[str, Any]:
     share = (kept.float() / layer.clustered).flatten()
     fastest = min(dense, key=lambda name: dense[name])
     floor = floor_ms(case, layer, float(share.mean()))
-    centroid_bytes = sum(level.centroids.nbytes for level in layer.levels)
+    looked_at = [case.coarse_keep if level is not layer.levels[-1] else 1.0 for level in layer.levels]
+    centroid_bytes = sum(part * level.centroids.nbytes for part, level in zip(looked_at, layer.levels, strict=True))
     return {
         "case": case.name,
         "dense": {"name": fastest, "ms": dense[fastest], "all": dense},

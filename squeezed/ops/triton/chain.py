@@ -53,7 +53,7 @@ def select_keys(
     for level in reversed(range(len(centroids))):
         ids, id_counts = (work.entries, work.counts) if work else (None, None)
         capacity = centroids[level].shape[1] if ids is None else ids.shape[1]
-        status_words = problems * chunks_of(capacity, rows if rows <= dev.FEW_ROWS else 1)
+        status_words = problems * chunks_of(capacity, ids is not None)
         spread = spreads[level] if spreads else None
         scores: Scores = score(
             query, centroids[level], sizes[level], scale, status_words, ids, id_counts, scales, spread

@@ -175,8 +175,8 @@ def score_few_rows(
     capacity = clusters if ids is None else ids.shape[1]
     block = block or max(16, min(128, 16384 // head_dim // (2 if centroids.dtype == torch.float32 else 1)))
     problems = batch * kv_heads
-    # Where the machine is not filled several times over, a program with one tile and nothing to pipeline ends sooner.
-    few_tiles = problems * triton.cdiv(capacity, block) < 16 * dev.multiprocessors(query.device)
+    # Where the machine is hardly filled, a program with one tile and nothing to pipeline ends sooner.
+    few_tiles = problems * triton.cdiv(capacity, block) < 3 * dev.multiprocessors(query.device)
     tiles = tiles or (1 if few_tiles else 2)
     stages = stages or (1 if few_tiles else 2)
     block_rows = 1 if rows == 1 and scales is not None else dev.padded_rows(rows)

@@ -40,14 +40,17 @@ class WorkList:
     width: int
 
 
-def chunk_size(capacity: int, rows: int) -> int:
-    """Clusters per program: small enough to fill the machine, large enough that few programs wait for one another."""
-    return 512 if capacity <= 16384 or rows > 1 else 1024
+def chunk_size(capacity: int, listed: bool) -> int:
+    """Clusters per program: enough programs to fill the machine, few enough that they need not wait for one another.
+
+    Where a coarser level leaves a list of clusters (`listed`), each is one more read away: smaller pieces hide that.
+    """
+    return 256 if capacity <= 16384 or listed else 1024
 
 
-def chunks_of(capacity: int, rows: int) -> int:
+def chunks_of(capacity: int, listed: bool) -> int:
     """Programs per head, each with a status word."""
-    return triton.cdiv(capacity, chunk_size(capacity, rows))
+    return triton.cdiv(capacity, chunk_size(capacity, listed))
 
 
 def list_capacity(children: int, clusters: int, window: int, width: int) -> int:
@@ -197,7 +200,7 @@ def select_clusters(
 
     Args:
         scores: of this level.
-        status: [B * Hk * chunks_of(capacity, rows)] int64, zero.
+        status: [B * Hk * chunks_of(capacity, ids is not None)] int64, zero.
         offsets: [Hk, K + 1] int32 CSR.
         children: most children that the clusters of a head have together.
         log_thresholds: [levels] float32 on the device; `level` picks one.
@@ -208,7 +211,7 @@ def select_clusters(
     problems, rows, capacity = scores.logits.shape
     kv_heads, clusters = offsets.shape[0], offsets.shape[1] - 1
     splits = 1 if scores.part_max is None else scores.part_max.shape[2]
-    chunks = chunks_of(capacity, rows)
+    chunks = chunks_of(capacity, ids is not None)
     list_size = list_capacity(children, clusters, window[1] - window[0], width)
     entries = torch.empty(problems, list_size, dtype=torch.int32, device=offsets.device)
     counts = torch.empty(problems, dtype=torch.int32, device=offsets.device)
@@ -241,8 +244,8 @@ def select_clusters(
         BLOCK_R=triton.next_power_of_2(rows),
         BLOCK_SPLITS=triton.next_power_of_2(splits),
         BLOCK_CHUNKS=triton.next_power_of_2(chunks),
-        CHUNK_SIZE=chunk_size(capacity, rows),
-        LOG_CHUNK=chunk_size(capacity, rows).bit_length() - 1,
+        CHUNK_SIZE=chunk_size(capacity, ids is not None),
+        LOG_CHUNK=chunk_size(capacity, ids is not None).bit_length() - 1,
         SLOTS=slots,
         PDL=dev.has_dependent_launch(offsets.device),
         num_warps=warps * (1 if rows <= 4 else 2),

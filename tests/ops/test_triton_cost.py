@@ -1,0 +1,38 @@
+"""The cost model against what was measured on one H100 80GB, 2026-11-21 (docs/results/kernel-notes.md)."""
+
+from __future__ import annotations
+
+import pytest
+
+from squeezed.ops.triton.cost import AttentionShape, dense_is_faster, dense_microseconds, squeezed_microseconds
+
+MEASURED = [  # tokens, q heads, kv heads, queries, kept share, dense and squeezed microseconds
+    (524288, 32, 32, 1, 0.103, 2752.0, 388.7),
+    (524288, 32, 8, 1, 0.099, 694.3, 116.5),
+    (131072, 32, 32, 1, 0.103, 694.4, 112.2),
+    (131072, 32, 8, 1, 0.097, 180.3, 40.5),
+    (32768, 32, 32, 1, 0.100, 179.6, 38.7),
+    (32768, 32, 8, 1, 0.099, 51.1, 19.0),
+    (16384, 32, 8, 1, 0.108, 29.8, 15.4),
+    (8192, 32, 8, 1, 0.117, 18.7, 14.6),
+    (1048576, 32, 8, 1, 0.099, 1379.5, 208.9),
+    (524288, 32, 32, 1, 0.305, 2751.6, 957.1),
+    (524288, 32, 32, 1, 0.052, 2751.7, 242.1),
+    (524288, 32, 32, 1024, 0.099, 14123.4, 2951.5),
+    (131072, 32, 32, 1024, 0.101, 3762.8, 833.6),
+    (131072, 32, 8, 1024, 0.110, 3537.4, 924.8),
+]
+
+
+@pytest.mark.parametrize("row", MEASURED)
+def test_the_model_is_near_every_measurement(row: tuple[int, int, int, int, float, float, float]) -> None:
+    tokens, q_heads, kv_heads, queries, kept, dense, squeezed = row
+    shape = AttentionShape(1, q_heads, kv_heads, queries, 128, tokens, (tokens // 20,), kept)
+    assert dense_microseconds(shape) == pytest.approx(dense, rel=0.1)
+    assert squeezed_microseconds(shape) == pytest.approx(squeezed, rel=0.15)
+    assert not dense_is_faster(shape)
+
+
+def test_short_contexts_and_dense_selections_are_left_to_dense_attention() -> None:
+    assert dense_is_faster(AttentionShape(1, 32, 8, 1, 128, 2048, (102,), 0.1))
+    assert dense_is_faster(AttentionShape(1, 32, 8, 1, 128, 131072, (6553,), 0.95))
