@@ -200,7 +200,7 @@ def measure(case: Case, layers: int, build_seed: int = 0) -> dict[str, Any]:
             attend_fixed(query, part, thresholds, layer.tokens, scale)
 
     select_ms, whole_ms = graph_ms(select) / layers, graph_ms(whole) / layers
-    share = (kept.float() / layer.clustered).flatten()
+    share = (kept[0].float() / layer.clustered).flatten()
     fastest = min(dense, key=lambda name: dense[name])
     floor = floor_ms(case, layer, float(share.mean()))
     looked_at = [case.coarse_keep if level is not layer.levels[-1] else 1.0 for level in layer.levels]

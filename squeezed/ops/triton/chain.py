@@ -30,6 +30,7 @@ def select_keys(
     config: AttendConfig,
     scales: ChannelScales | None = None,
     spreads: list[Tensor] | None = None,
+    kept: Tensor | None = None,
 ) -> WorkList:
     """Score and select level by level, coarsest first.
 
@@ -42,6 +43,7 @@ def select_keys(
         config: of the attention that will read the list.
         scales: of centroids stored in 8 bits.
         spreads: `ClusterLevel.spread` of each level, for second-order scores.
+        kept: [levels, B * Hk] int32 to write what each level selects to.
 
     Returns:
         the list of keys.
@@ -70,6 +72,7 @@ def select_keys(
             config.width if finest else 1,
             ids,
             id_counts,
+            None if kept is None else kept[level],
         )
     assert work is not None
     return work
@@ -97,6 +100,7 @@ def _attend_fixed(
     grouped = query.reshape(batch, kv_heads, rows, head_dim).contiguous()
     config = attend_config(head_dim, rows, keys.dtype, batch * kv_heads * keys.shape[1])
     channel_scales = ChannelScales(*scales) if scales else None
+    kept = torch.empty(len(centroids), batch * kv_heads, dtype=torch.int32, device=query.device)
     work = select_keys(
         grouped,
         centroids,
@@ -109,10 +113,11 @@ def _attend_fixed(
         config,
         channel_scales,
         spreads,
+        kept,
     )
     output, lse = attend_list(grouped, keys, values, work, scale, config, channel_scales)
     shape = (batch, q_heads, queries)
-    return output.reshape(*shape, head_dim), lse.reshape(shape), work.kept.reshape(batch, kv_heads)
+    return output.reshape(*shape, head_dim), lse.reshape(shape), kept.reshape(-1, batch, kv_heads)
 
 
 @_attend_fixed.register_fake
@@ -134,7 +139,7 @@ def _(
     return (
         query.new_empty(query.shape, dtype=torch.float32),
         query.new_empty((batch, q_heads, queries), dtype=torch.float32),
-        query.new_empty((batch, keys.shape[0]), dtype=torch.int32),
+        query.new_empty((len(centroids), batch, keys.shape[0]), dtype=torch.int32),
     )
 
 
@@ -156,7 +161,8 @@ def attend_fixed(
 
     Returns:
         output [B, Hq, M, D] float32, log-sum-exp [B, Hq, M] float32 (0 and -inf where nothing is attended), and kept
-        [B, Hk] int32, clustered keys attended.
+        [levels, B, Hk] int32, finest first: the clustered keys attended, and of each coarser level how many clusters of
+        the next finer one it left to look at.
     """
     scales: list[Tensor] = []
     if isinstance(layer, EightBitKeys):

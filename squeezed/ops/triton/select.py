@@ -192,6 +192,7 @@ def select_clusters(
     width: int,
     ids: Tensor | None = None,
     id_counts: Tensor | None = None,
+    kept: Tensor | None = None,
     *,
     slots: int = 512,
     warps: int = 4,
@@ -207,6 +208,7 @@ def select_clusters(
         window: [start, end) of children appended to every list; empty on coarse levels.
         width: children per entry, at most 8.
         ids, id_counts: as given to the scoring of this level.
+        kept: [B * Hk] int32 to write the number of selected children to; by default a new one.
     """
     problems, rows, capacity = scores.logits.shape
     kv_heads, clusters = offsets.shape[0], offsets.shape[1] - 1
@@ -215,7 +217,7 @@ def select_clusters(
     list_size = list_capacity(children, clusters, window[1] - window[0], width)
     entries = torch.empty(problems, list_size, dtype=torch.int32, device=offsets.device)
     counts = torch.empty(problems, dtype=torch.int32, device=offsets.device)
-    kept = torch.empty_like(counts)
+    kept = torch.empty_like(counts) if kept is None else kept
     _select[(chunks, problems)](
         scores.logits,
         scores.part_max,
