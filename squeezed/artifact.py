@@ -14,6 +14,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,6 +72,7 @@ class Manifest(_Strict):
     layers: list[_Layer]
     text_sha256: str
     files: dict[str, _File]
+    sha256: str = ""  # of all the other fields, see _manifest_sha256
 
 
 def save(context: FixedContext, folder: Path, replace_existing: bool = False) -> None:
@@ -90,10 +92,11 @@ def prepare(folder: Path, replace_existing: bool = False) -> Iterator[Path]:
     Entering it first shows early, before any long work, that the place can be written to.
     """
     folder = folder.absolute()
+    _restore(folder)
     if folder.exists() and not replace_existing:
         if not folder.is_dir() or any(folder.iterdir()):
             raise InputError(f"{folder} exists already; pass --force to replace it, or choose another folder")
-    elif folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+    elif folder.exists() and not (folder / MANIFEST).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not a fixed context; choose another folder")
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     try:
@@ -125,11 +128,23 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
+def _restore(folder: Path) -> None:
+    """Put back what a build was about to replace when it was killed between its two renames."""
+    for old in sorted(folder.parent.glob(f".{folder.name}.partial-old-*")):
+        if not folder.exists() and (old / MANIFEST).is_file() and not _runs(old):
+            old.rename(folder)
+
+
+def _runs(partial: Path) -> bool:
+    """Whether the process that made this temporary folder is still there."""
+    pid = partial.name.rpartition("-")[2]
+    return pid.isdigit() and int(pid) != os.getpid() and psutil.pid_exists(int(pid))
+
+
 def _remove_leftovers(folder: Path) -> None:
     """What killed builds of the same folder left behind; a build that still runs keeps its own."""
     for leftover in folder.parent.glob(f".{folder.name}.partial-*"):
-        pid = leftover.name.rpartition("-")[2]
-        if not pid.isdigit() or int(pid) == os.getpid() or not psutil.pid_exists(int(pid)):
+        if not _runs(leftover):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -190,7 +205,13 @@ def write(context: FixedContext, folder: Path) -> None:
         text_sha256=hashlib.sha256(text).hexdigest(),
         files=files,
     )
-    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1))
+    content = manifest.model_dump(mode="json")
+    (folder / MANIFEST).write_text(json.dumps({**content, "sha256": _manifest_sha256(content)}, indent=1))
+
+
+def _manifest_sha256(content: dict[str, Any]) -> str:
+    others = {name: value for name, value in content.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 def _layer_tensors(layer: ClusteredKeys | SlidingTail) -> dict[str, Tensor]:
@@ -205,7 +226,11 @@ def _layer_tensors(layer: ClusteredKeys | SlidingTail) -> dict[str, Tensor]:
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> _File:
-    save_file(tensors, path)
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # the only way it tells of a full disk is in words
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
     return _File(bytes=path.stat().st_size, tensors={name: _sha256(tensor) for name, tensor in tensors.items()})
 
 
@@ -233,10 +258,13 @@ def read_manifest(folder: Path) -> Manifest:
             "update squeezed-attention, or build the context again"
         )
     try:
-        return Manifest.model_validate(raw)
+        manifest = Manifest.model_validate(raw)
     except (pydantic.ValidationError, InputError) as error:
         where = ".".join(map(str, error.errors()[0]["loc"])) if isinstance(error, pydantic.ValidationError) else error
         raise InputError(f"{path} is damaged (at {where}); build the context again") from error
+    if manifest.sha256 != _manifest_sha256(raw):
+        raise InputError(f"{path} is damaged: its checksum differs; build the context again")
+    return manifest
 
 
 def load(folder: Path, verify: bool = True) -> FixedContext:
@@ -255,6 +283,8 @@ def load(folder: Path, verify: bool = True) -> FixedContext:
         raise InputError(f"{folder / TEXT} can't be read ({error.strerror}); build the context again") from error
     if hashlib.sha256(text).hexdigest() != manifest.text_sha256:
         raise InputError(f"{folder / TEXT} is damaged: its checksum differs; build the context again")
+    if outside := [name for name in manifest.files if Path(name).name != name]:
+        raise InputError(f"{folder / MANIFEST} names {outside[0]!r}, outside its folder; build the context again")
     tensors = {name: _read_tensors(folder / name, file, verify) for name, file in manifest.files.items()}
     try:
         layers = tuple(_layer(entry, tensors[entry.file]) for entry in manifest.layers)
@@ -279,7 +309,7 @@ def load(folder: Path, verify: bool = True) -> FixedContext:
 
 
 def _read_tensors(path: Path, file: _File, verify: bool) -> dict[str, Tensor]:
-    if path.name != Path(path.name).name or not path.is_file():
+    if not path.is_file():
         raise InputError(f"{path} is missing; build the context again")
     if path.stat().st_size != file.bytes:
         raise InputError(

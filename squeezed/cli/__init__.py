@@ -39,7 +39,7 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        app(standalone_mode=False)
+        status = app(standalone_mode=False)
     except InputError as error:
         _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
@@ -53,6 +53,10 @@ def main() -> None:
         if type(error).__name__ == "NoArgsIsHelpError":
             sys.exit(2)  # the help is on the screen already
         _fail(f"{error.format_message()} See squeeze --help.")
+    else:
+        if status == 130:  # how typer hands on an interrupt
+            _fail("interrupted; nothing half-written was left behind")
+        sys.exit(status or 0)
 
 
 def _fail(line: str) -> None:

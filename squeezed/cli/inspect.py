@@ -32,8 +32,8 @@ def _show(found: dict[str, Any]) -> None:
     output.print(f"[bold]{found['folder']}[/bold]: format {found['format']}, built {found['created']}", highlight=False)
     output.print(f"model {model['type']} ({model['dtype']}), from {model.get('source', 'memory')}", highlight=False)
     output.print(
-        f"{found['tokens']:,} tokens, the last {found['config']['window']} as window; {found['bytes']:,} bytes on disk, "
-        f"{found['kv_bytes']:,} of them keys and values",
+        f"{found['tokens']:,} tokens, the last {found['config']['window']} as window; "
+        f"{found['bytes']:,} bytes on disk, {found['kv_bytes']:,} of them keys and values",
         highlight=False,
     )
     files = Table("file", "characters", "tokens", title="Files")
