@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -44,7 +45,7 @@ class Decoding:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise InputError(f"max-new-tokens is {self.max_new_tokens}: expected at least 1")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise InputError(f"temperature is {self.temperature}: expected 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top-p is {self.top_p}: expected above 0 and at most 1")

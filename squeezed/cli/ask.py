@@ -49,7 +49,10 @@ def ask(
     if source is None:
         raise InputError(f"{context} does not say where its model is; pass --model")
     fixed = load_context(context, verify)
-    lm, tokenizer = load(source, device, dtype if dtype != "auto" else manifest.model["dtype"])
+    try:
+        lm, tokenizer = load(source, device, dtype if dtype != "auto" else manifest.model["dtype"])
+    except InputError as error:
+        raise InputError(f"{error}" if model else f"{error}; if the model has moved, pass --model") from error
     fixed.check_belongs_to(lm, tokenizer)
     fixed = fixed.to(lm.device) if lm.device.type != "cpu" else fixed
 

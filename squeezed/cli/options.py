@@ -16,8 +16,11 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of te
 
 def load(model: str, device: str, dtype: str) -> tuple[Any, Any]:
     """Model and tokenizer, with a note on the screen while they load."""
+    from transformers.utils import logging
+
     from squeezed.models import load_model
 
+    logging.disable_progress_bar()
     with messages.status(f"loading {model}"):
         return load_model(model, resolve_device(device), _resolve_dtype(dtype))
 

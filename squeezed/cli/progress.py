@@ -27,15 +27,17 @@ class Stages:
         self._tasks: dict[str, int] = {}
 
     def __enter__(self) -> Stages:
-        self._progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        if self._tasks:
+            self._progress.stop()
 
     def update(self, stage: str, done: int, total: int) -> None:
+        if not self._tasks:  # until there is something to show, a refusal should be all there is on the screen
+            self._progress.start()
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(stage, total=total, unit=_UNITS.get(stage, ""))
         self._progress.update(self._tasks[stage], completed=done, total=total)  # type: ignore[arg-type]

@@ -1,0 +1,347 @@
+"""Bad input of every kind: one line that names it, exit status 2, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from squeezed import artifact
+from squeezed.cli import main
+from squeezed.context import FixedContext
+
+
+@dataclass
+class Command:
+    """`squeeze` in this process: its exit status, its standard output, and the lines of its complaint."""
+
+    run: Callable[..., tuple[int, str, list[str]]]
+    folder: Path
+
+    def refuses(self, *arguments: object) -> str:
+        """Run, check that it fails as bad input does and leaves the folder as it was; the one line of complaint."""
+        before = self.state()
+        status, out, complaint = self.run(*arguments)
+        assert status == 2, (out, complaint)
+        assert len(complaint) == 1, complaint
+        assert complaint[0].startswith("squeeze: ")
+        assert "Traceback" not in out
+        assert self.state() == before
+        return complaint[0]
+
+    def state(self) -> dict[str, int]:
+        """Every file and folder with its size."""
+        return {str(path.relative_to(self.folder)): path.stat().st_size for path in self.folder.rglob("*")}
+
+
+@pytest.fixture
+def squeeze(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, list[str]]:
+        monkeypatch.setattr(sys, "argv", ["squeeze", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as leaving:
+            main()
+        out, err = capfd.readouterr()
+        lines = err.splitlines()
+        if leaving.value.code == 0 or any("prefill" in line for line in lines):  # the bars of stages that were begun
+            lines = [line for line in lines if line.startswith("squeeze: ") or "Traceback" in line]
+        return int(leaving.value.code or 0), out, lines
+
+    return Command(run, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def model_folder(
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    llama.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def built(context: FixedContext, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from dataclasses import replace
+
+    folder = tmp_path_factory.mktemp("contexts") / "manual"
+    replace(context, model={**context.model, "source": str(model_folder)}).save(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(tiny.text())
+    return path
+
+
+def test_a_good_build_and_question_exit_with_0(squeeze: Command, model_folder: Path, text: Path) -> None:
+    status, _, complaint = squeeze.run("build", model_folder, text, "-o", "manual", "--window", 24)
+    assert (status, complaint) == (0, [])
+    status, out, _ = squeeze.run("ask", "manual", "Who?", "and the net?", "--json", "--max-new-tokens", 3)
+    assert status == 0
+    assert [json.loads(line)["question"] for line in out.splitlines()] == ["Who?", "and the net?"]
+    assert squeeze.run("inspect", "manual")[0] == 0
+
+
+FILES = {
+    "no such file": (None, "does not exist"),
+    "empty": (b"", "is empty"),
+    "only white space": (b" \n\t\n", "is empty"),
+    "binary": (bytes(range(256)) * 8, "binary"),
+    "latin-1": ("für das Café ".encode("latin-1") * 99, "not UTF-8"),
+    "utf-16": (("the net. " * 99).encode("utf-16"), "binary"),
+    "too short": (b"the net.", "at least"),
+    "too long": (tiny.text(9000).encode(), "more than fit"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_files_that_are_no_usable_text(case: str, squeeze: Command, model_folder: Path) -> None:
+    content, reason = FILES[case]
+    if content is not None:
+        Path("input.txt").write_bytes(content)
+    complaint = squeeze.refuses("build", model_folder, "input.txt", "-o", "out", "--window", 24)
+    assert reason in complaint
+
+
+def test_one_bad_file_among_good_ones_is_named(squeeze: Command, model_folder: Path, text: Path) -> None:
+    Path("empty.txt").touch()
+    assert "empty.txt" in squeeze.refuses("build", model_folder, text, "empty.txt", "-o", "out")
+
+
+def test_a_folder_instead_of_a_file(squeeze: Command, model_folder: Path) -> None:
+    Path("texts").mkdir()
+    assert "is a folder" in squeeze.refuses("build", model_folder, "texts", "-o", "out")
+
+
+def test_a_text_that_is_too_long_says_by_how_many_tokens(
+    squeeze: Command, model_folder: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    Path("long.txt").write_text(tiny.text(9000))
+    tokens = len(tokenizer(f"<|user|>{tiny.text(9000)}", add_special_tokens=False).input_ids)
+    complaint = squeeze.refuses("build", model_folder, "long.txt", "-o", "out", "--window", 24)
+    assert f"{tokens} tokens" in complaint
+    assert f"{tokens - 4096 + 1} more" in complaint
+
+
+def test_a_text_shorter_than_the_window_and_one_cluster_says_what_is_needed(
+    squeeze: Command, model_folder: Path, text: Path
+) -> None:
+    complaint = squeeze.refuses("build", model_folder, text, "-o", "out", "--window", 300)
+    assert "window of 300" in complaint
+
+
+def test_a_model_folder_without_weights(squeeze: Command, text: Path, tmp_path: Path) -> None:
+    tiny.FAMILIES["llama"]().save_pretrained(tmp_path / "model")
+    assert "no weights" in squeeze.refuses("build", "model", text, "-o", "out")
+
+
+def test_a_model_folder_without_a_tokenizer(squeeze: Command, text: Path, tmp_path: Path) -> None:
+    tiny.model("llama").save_pretrained(tmp_path / "model")
+    assert "can't be loaded" in squeeze.refuses("build", tmp_path / "model", text, "-o", "out")
+
+
+@pytest.mark.parametrize("name", ["/no/such/model", "./missing", "gone.gguf"])
+def test_a_model_that_is_not_there(name: str, squeeze: Command, text: Path) -> None:
+    assert "does not exist" in squeeze.refuses("build", name, text, "-o", "out")
+
+
+def test_a_gguf_file_that_is_none(squeeze: Command, text: Path) -> None:
+    Path("model.gguf").write_bytes(b"no such thing" * 100)
+    assert "can't be loaded" in squeeze.refuses("build", "model.gguf", text, "-o", "out")
+
+
+def test_a_configuration_that_is_no_json(squeeze: Command, text: Path) -> None:
+    Path("model").mkdir()
+    Path("model/config.json").write_text("{")
+    Path("model/model.safetensors").touch()
+    assert "can't be loaded" in squeeze.refuses("build", "./model", text, "-o", "out")
+
+
+def test_an_unsupported_architecture(squeeze: Command, text: Path, tmp_path: Path) -> None:
+    transformers.T5Config().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").touch()
+    assert "t5 is an encoder-decoder" in squeeze.refuses("build", "./model", text, "-o", "out")
+
+
+def test_an_architecture_that_nobody_knows(squeeze: Command, text: Path) -> None:
+    Path("model").mkdir()
+    Path("model/config.json").write_text('{"model_type": "squid"}')
+    Path("model/model.safetensors").touch()
+    assert "squid" in squeeze.refuses("build", "./model", text, "-o", "out")
+
+
+SETTINGS = {
+    "clusters above the keys": (["--clusters", "1.5"], "clusters is 1.5"),
+    "more clusters than keys, as a number": (["--clusters", "100000"], "clusters is 100000"),
+    "no clusters": (["--clusters", "0"], "clusters is 0"),
+    "clusters nan": (["--clusters", "nan"], "clusters is nan"),
+    "levels": (["--levels", "4"], "levels is 4"),
+    "no window": (["--window", "0"], "window is 0"),
+    "chunk": (["--chunk", "0"], "chunk is 0"),
+    "preset": (["--preset", "worst"], "preset is 'worst'"),
+    "device": (["--device", "abacus"], "device is 'abacus'"),
+    "dtype": (["--dtype", "int4"], "dtype is 'int4'"),
+    "not a number": (["--clusters", "many"], "--clusters"),
+    "unknown option": (["--quickly"], "--quickly"),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings_that_make_no_sense(case: str, squeeze: Command, model_folder: Path, text: Path) -> None:
+    options, reason = SETTINGS[case]
+    assert reason in squeeze.refuses("build", model_folder, text, "-o", "out", *options)
+
+
+@pytest.mark.parametrize("arguments", [["build"], ["ask"], ["inspect"], ["paint"], ["build", "demo"]])
+def test_commands_that_lack_something(arguments: list[str], squeeze: Command) -> None:
+    squeeze.refuses(*arguments)
+
+
+@pytest.mark.parametrize("sparsity", ["-0.1", "1.1", "nan", "inf", "most"])
+def test_sparsity_outside_0_to_1(sparsity: str, squeeze: Command, built: Path) -> None:
+    assert "sparsity" in squeeze.refuses("ask", built, "Who?", "--sparsity", sparsity)
+
+
+QUESTIONS = {
+    "empty": ([""], [], "empty"),
+    "white space": (["  \n"], [], "empty"),
+    "one of several": (["Who?", " "], ["--batch"], "empty"),
+    "too long": (["the net " * 3000], [], "more than fit"),
+    "no answer wanted": (["Who?"], ["--max-new-tokens", "0"], "max-new-tokens is 0"),
+    "cold": (["Who?"], ["--temperature", "-1"], "temperature is -1"),
+    "nan": (["Who?"], ["--temperature", "nan"], "temperature is nan"),
+    "nucleus": (["Who?"], ["--top-p", "0"], "top-p is 0"),
+    "both": (["Who?"], ["--batch", "--follow-up"], "exclude"),
+}
+
+
+@pytest.mark.parametrize("case", QUESTIONS)
+def test_questions_that_cannot_be_asked(case: str, squeeze: Command, built: Path) -> None:
+    questions, options, reason = QUESTIONS[case]
+    assert reason in squeeze.refuses("ask", built, *questions, *options, "--json")
+
+
+def test_a_question_that_is_too_long_says_by_how_many_tokens(
+    squeeze: Command, built: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    complaint = squeeze.refuses("ask", built, "7" * 4000, "--json")
+    prompt = f"<|user|>{tiny.text()}\n\n{'7' * 4000}<|end|><|assistant|>"
+    used = len(tokenizer(prompt, add_special_tokens=False).input_ids)
+    assert f"{used} tokens" in complaint
+    assert f"{used + 1 - 4096} more" in complaint  # one token at least is for the answer
+
+
+def test_an_artefact_that_is_not_there(squeeze: Command) -> None:
+    for command in (["ask", "nowhere", "Who?"], ["inspect", "nowhere"]):
+        assert "not a fixed context" in squeeze.refuses(*command)
+
+
+@pytest.mark.parametrize("command", ["ask", "inspect"])
+def test_a_damaged_artefact(command: str, squeeze: Command, built: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(built, tmp_path / "manual")
+    path = tmp_path / "manual" / "layer-001.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-9] ^= 1
+    path.write_bytes(raw)
+    assert "layer-001.safetensors" in squeeze.refuses(command, "manual", *(["Who?"] if command == "ask" else []))
+
+
+def test_an_artefact_of_another_model(squeeze: Command, built: Path, tmp_path: Path) -> None:
+    tiny.model("llama", seed=1).save_pretrained(tmp_path / "other")
+    tiny.tokenizer().save_pretrained(tmp_path / "other")
+    assert "model weights" in squeeze.refuses("ask", built, "Who?", "--model", tmp_path / "other")
+
+
+def test_an_artefact_whose_model_has_moved(
+    squeeze: Command, context: FixedContext, model_folder: Path, tmp_path: Path
+) -> None:
+    from dataclasses import replace
+
+    replace(context, model={**context.model, "source": "/gone/llama"}).save(tmp_path / "manual")
+    assert "--model" in squeeze.refuses("ask", "manual", "Who?")
+    assert squeeze.run("ask", "manual", "Who?", "--model", model_folder, "--max-new-tokens", 1)[0] == 0
+
+
+def test_an_artefact_asked_in_another_dtype(squeeze: Command, built: Path) -> None:
+    assert "dtype" in squeeze.refuses("ask", built, "Who?", "--dtype", "bfloat16")
+
+
+def test_an_existing_folder_is_refused_before_any_work(squeeze: Command, text: Path) -> None:
+    Path("out").mkdir()
+    Path("out/mine.txt").write_text("mine")
+    assert "--force" in squeeze.refuses("build", "/no/such/model", text, "-o", "out")
+    assert "not a fixed context" in squeeze.refuses("build", "/no/such/model", text, "-o", "out", "--force")
+
+
+def test_a_full_disk(squeeze: Command, model_folder: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(artifact, "save_file", full)
+    assert "full" in squeeze.refuses("build", model_folder, text, "-o", "out", "--window", 24)
+
+
+def test_too_little_space_is_noticed_before_the_prefill(
+    squeeze: Command, model_folder: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifact.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(FixedContext, "from_text", None)
+    assert "free some space" in squeeze.refuses("build", model_folder, text, "-o", "out", "--window", 24)
+
+
+def test_a_place_that_cannot_be_written(squeeze: Command, model_folder: Path, text: Path) -> None:
+    Path("file").touch()
+    assert "can't be written" in squeeze.refuses("build", model_folder, text, "-o", "file/out")
+
+
+def test_an_interrupt(squeeze: Command, model_folder: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("squeezed.context.calibrate", interrupt)
+    assert "interrupted" in squeeze.refuses("build", model_folder, text, "-o", "out", "--window", 24)
+
+
+def test_a_template_is_needed_unless_the_text_goes_on_plainly(
+    squeeze: Command, llama: PreTrainedModel, text: Path, tmp_path: Path
+) -> None:
+    llama.save_pretrained(tmp_path / "model")
+    tiny.tokenizer(template=None).save_pretrained(tmp_path / "model")
+    assert "--raw" in squeeze.refuses("build", "./model", text, "-o", "out", "--window", 24)
+    assert squeeze.run("build", "./model", text, "-o", "out", "--window", 24, "--raw")[0] == 0
+    assert squeeze.run("ask", "out", " and", "--max-new-tokens", 2)[0] == 0
+
+
+def test_the_installed_command_behaves_likewise(tmp_path: Path) -> None:
+    command = Path(sys.executable).parent / "squeeze"
+    if not command.is_file():
+        pytest.skip("the package is not installed")
+    done = subprocess.run(
+        [command, "build", "/no/such/model", "missing.txt", "-o", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "squeeze: missing.txt does not exist; name an existing text file\n"
+    assert not any(tmp_path.iterdir())
