@@ -11,6 +11,7 @@ from squeezed.ops.layout import ClusteredKeys, ClusterLevel
 COARSENING = 5  # clusters of one level per cluster of the next coarser one (paper: 5% and 1% of the keys)
 _SIMILARITIES = 2**26  # similarities held at once: 256 MB, whatever the context's length
 _SEED_SAMPLES_PER_CLUSTER = 24  # k-means++ looks at no more keys than this; its cost is clusters times samples
+_FLAT_CLUSTERS = 1024  # from here on (20K keys at 5%) cluster coarse to fine: flat costs more than it gains
 _SETTLED = 1e-3  # stop when fewer than this share of keys changes cluster
 
 
@@ -18,6 +19,7 @@ def kmeans(vectors: Tensor, clusters: int, iterations: int = 20, weights: Tensor
     """Cosine k-means of all heads at once, deterministic.
 
     Lloyd's algorithm on normalised rows from k-means++ seeds; a cluster's direction is the weighted mean of its rows.
+    Many clusters are found in two steps, see :func:`_coarse_to_fine`.
 
     Args:
         vectors: [heads, n, dim], any float dtype; computed in float32.
@@ -28,11 +30,17 @@ def kmeans(vectors: Tensor, clusters: int, iterations: int = 20, weights: Tensor
     Returns:
         [heads, n] int64 labels below `clusters`. Some labels may be unused (duplicate rows); see `build_levels`.
     """
-    heads, n, dim = vectors.shape
     rows = torch.nn.functional.normalize(vectors.float(), dim=-1)
-    mass = torch.ones(heads, n, device=vectors.device) if weights is None else weights.float()
+    mass = torch.ones(rows.shape[:2], device=rows.device) if weights is None else weights.float()
+    if clusters <= _FLAT_CLUSTERS:
+        return _lloyd(rows, mass, clusters, iterations)
+    return _coarse_to_fine(rows, mass, clusters, iterations)
+
+
+def _lloyd(rows: Tensor, mass: Tensor, clusters: int, iterations: int) -> Tensor:
+    heads, n, dim = rows.shape
     centres = _seed(rows, mass, clusters)
-    labels = torch.zeros(heads, n, dtype=torch.int64, device=vectors.device)
+    labels = torch.zeros(heads, n, dtype=torch.int64, device=rows.device)
     for _ in range(iterations):
         previous = labels
         labels = _nearest(rows, centres)
@@ -44,6 +52,34 @@ def kmeans(vectors: Tensor, clusters: int, iterations: int = 20, weights: Tensor
         if (labels != previous).float().mean() < _SETTLED:
             break
     return labels
+
+
+def _coarse_to_fine(rows: Tensor, mass: Tensor, clusters: int, iterations: int) -> Tensor:
+    """Cluster into about sqrt(clusters) groups, then each group by itself, into its share of the clusters.
+
+    Flat k-means costs n * clusters per iteration, which grows with the square of the text; this costs
+    n * 2 sqrt(clusters).
+    """
+    heads, n, _ = rows.shape
+    groups = round(clusters**0.5)
+    group_of = _lloyd(rows, mass, groups, iterations)
+    labels = torch.empty_like(group_of)
+    for head in range(heads):
+        by_group = group_of[head].argsort(stable=True)
+        counts = torch.bincount(group_of[head], minlength=groups).tolist()
+        taken, first = 0, 0
+        for group, count in enumerate(counts):
+            members = by_group[first : first + count]
+            first += count
+            if not count:
+                continue
+            # The running total is rounded, not each share, so that the shares add up to `clusters`.
+            share = min(count, max(1, round(clusters * first / n) - taken))
+            inner = _lloyd(rows[head, members][None], mass[head, members][None], share, iterations)
+            labels[head, members] = inner[0] + taken
+            taken += share
+    # Small groups at the very end may have been given a cluster too many.
+    return labels.clamp_(max=clusters - 1)
 
 
 def _nearest(rows: Tensor, centres: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from squeezed.errors import InputError
 
 _BETWEEN_FILES = "\n\n"
@@ -70,3 +72,11 @@ def locate_parts(parts: Sequence[Part], spans: Sequence[tuple[int, int]], head: 
         inside = [i for i, (begin, end) in enumerate(spans) if end > first and begin < last and end > begin]
         located.append(Part(part.name, part.characters, (inside[0], inside[-1] + 1) if inside else (0, 0)))
     return located
+
+
+def fit_to_tokens(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> str:
+    """`text` cut, or repeated and cut, to at most `tokens` tokens; for benchmarks of a certain length."""
+    count = len(tokenizer(text, verbose=False)["input_ids"])
+    text = "\n\n".join([text] * -(-tokens // count))
+    spans = tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    return text if len(spans) <= tokens else text[: spans[tokens - 1][1]]

@@ -71,6 +71,31 @@ def _level(keys: Tensor, labels: list[Tensor], runs: list[Tensor]) -> ClusterLev
     return ClusterLevel(_pad(centroids), _pad(sizes), _pad(offsets, repeat_last=True))
 
 
+def planted_keys(shape: Planted, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Keys and values of one layer in no order, [kv_heads, tokens, head_dim] each."""
+    generator = torch.Generator(device).manual_seed(seed)
+    size = (shape.kv_heads, shape.tokens, shape.head_dim)
+    keys = torch.empty(size, dtype=shape.dtype, device=device)
+    values = torch.empty(size, dtype=shape.dtype, device=device)
+    for head in range(shape.kv_heads):
+        # A real head's values have a common part: where attention is flat, its output is that, not nothing.
+        values[head].normal_(generator=generator)
+        values[head] += torch.randn(shape.head_dim, generator=generator, device=device).to(shape.dtype)
+        keys[head] = _draw(shape, generator, device)
+    return keys, values
+
+
+def _draw(shape: Planted, generator: torch.Generator, device: str) -> Tensor:
+    """One head's keys: centres of very unequal popularity, and keys around them."""
+    centres = torch.randn(
+        int(shape.tokens * shape.cluster_share) // 2, shape.head_dim, generator=generator, device=device
+    )
+    popularity = torch.randn(len(centres), generator=generator, device=device).exp()
+    chosen = torch.multinomial(popularity, shape.tokens, replacement=True, generator=generator)
+    drawn = torch.randn(shape.tokens, shape.head_dim, generator=generator, device=device).mul_(0.6)
+    return drawn.add_(centres[chosen]).to(shape.dtype)
+
+
 def planted_context(shape: Planted, device: str, seed: int = 0) -> ClusteredKeys:
     """Keys and values of one layer, clustered: [kv_heads, tokens, head_dim]."""
     generator = torch.Generator(device).manual_seed(seed)

@@ -1,1 +1,96 @@
-"""squeeze bench"""
+"""squeeze bench attention, squeeze bench generate"""
+
+from __future__ import annotations
+
+import json
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from squeezed.cli import bench_app, messages, output
+from squeezed.cli.options import Device, DType, JsonFlag, load, parse_dtype, resolve_device
+
+
+@bench_app.command()
+def attention(
+    device: Device = "auto",
+    context: Annotated[int, typer.Option(help="Tokens of fixed context.")] = 131072,
+    q_heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
+    kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 8,
+    head_dim: Annotated[int, typer.Option(help="Dimension of a head.")] = 128,
+    queries: Annotated[int, typer.Option(help="Tokens asked at once; 1 is decoding.")] = 1,
+    sparsity: Annotated[float, typer.Option(help="Share of the keys to leave out, 0 to 1.")] = 0.9,
+    levels: Annotated[int, typer.Option(help="Cluster levels, 1 to 3.")] = 1,
+    dtype: DType = "auto",
+    as_json: JsonFlag = False,
+) -> None:
+    """One layer's attention to a fixed context, selection included, against the fastest dense way."""
+    from squeezed.config import check_sparsity
+
+    check_sparsity(sparsity)
+    place = resolve_device(device)
+    with messages.status("planting keys") as status:
+        from squeezed.bench.attention import AttentionCase, time_attention
+
+        precision = parse_dtype(dtype)
+        options: dict[str, Any] = {} if precision is None else {"dtype": precision}
+        case = AttentionCase(context, q_heads, kv_heads, head_dim, queries, sparsity, levels, **options)
+        row = time_attention(case, status.update)
+    _print({"device": place, **_versions(), "rows": [row]}, as_json)
+
+
+@bench_app.command()
+def generate(
+    model: Annotated[str, typer.Option(help="Local transformers folder, .gguf file, hub name, or demo.")] = "demo",
+    file: Annotated[list[str] | None, typer.Option("--file", help="Text; the demo's manual if left out.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens of fixed context; the text is repeated or cut to it.")] = 7500,
+    question: Annotated[list[str] | None, typer.Option("--question", help="May be given several times.")] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate per question.")] = 64,
+    sparsity: Annotated[float, typer.Option(help="Share of the keys to leave out, 0 to 1.")] = 0.9,
+    levels: Annotated[int, typer.Option(help="Cluster levels, 1 to 3.")] = 1,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    as_json: JsonFlag = False,
+) -> None:
+    """Whole answers: time to first token and tokens per second, dense and squeezed."""
+    from squeezed.bench.generate import time_generation
+    from squeezed.cli.progress import Stages
+    from squeezed.config import BuildConfig, check_sparsity
+    from squeezed.context import FixedContext
+    from squeezed.demo import manual_path, questions
+    from squeezed.text import fit_to_tokens, read_files
+
+    check_sparsity(sparsity)
+    lm, tokenizer = load(model, device, dtype)
+    text, _ = read_files(file or [manual_path()])
+    with Stages(messages) as stages:
+        fixed = FixedContext.from_text(
+            lm, tokenizer, fit_to_tokens(tokenizer, text, context), BuildConfig(levels=levels), True, stages.update
+        )
+    with messages.status("timing") as status:
+        asked = question or [q.question for q in questions()]
+        row = time_generation(lm, tokenizer, fixed, asked, sparsity, new_tokens, status.update)
+    _print({"device": lm.device.type, "model": model, **_versions(), "rows": [row]}, as_json)
+
+
+def _versions() -> dict[str, str]:
+    import torch
+    import transformers
+
+    return {"date": date.today().isoformat(), "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def _print(run: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(run, indent=1))
+        return
+    for row in run["rows"]:
+        table = Table("what", "value", title=f"{Path(run.get('model', '')).name} on {run['device']}".strip())
+        for name, value in row.items():
+            if isinstance(value, dict):
+                value = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in value.items())
+            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+        output.print(table)

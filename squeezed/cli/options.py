@@ -22,7 +22,7 @@ def load(model: str, device: str, dtype: str) -> tuple[Any, Any]:
 
     logging.disable_progress_bar()
     with messages.status(f"loading {model}"):
-        return load_model(model, resolve_device(device), _resolve_dtype(dtype))
+        return load_model(model, resolve_device(device), parse_dtype(dtype))
 
 
 def resolve_device(device: str) -> str:
@@ -35,7 +35,8 @@ def resolve_device(device: str) -> str:
     return check_device(device)
 
 
-def _resolve_dtype(dtype: str) -> Any:
+def parse_dtype(dtype: str) -> Any:
+    """The torch dtype of that name; None for auto."""
     import torch
 
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": None}
