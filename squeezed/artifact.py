@@ -235,7 +235,8 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> _File:
 
 
 def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+    raw: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.sha256(raw).hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:

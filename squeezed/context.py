@@ -18,15 +18,15 @@ from squeezed.calibration import ThresholdCurves, calibrate
 from squeezed.clustering import cluster_layer
 from squeezed.config import BuildConfig, check_sparsity
 from squeezed.errors import InputError
-from squeezed.models import attention_modules, max_positions, model_identity, tokenizer_identity
+from squeezed.models import attention_modules, max_positions, model_identity, rope_switch, tokenizer_identity
 from squeezed.ops.layout import ClusteredKeys
 from squeezed.prefill import prefill
 from squeezed.text import Part, locate_parts, read_files
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
-# General questions whose queries calibrate, see squeezed.calibration: as unlike one another as users' questions are, and
-# one long enough to calibrate selections shared by 64 queries.
+# General questions whose queries calibrate, see squeezed.calibration: as unlike one another as users' questions are,
+# and one long enough to calibrate selections shared by 64 queries.
 PROBES = (
     "What is this text about?",
     "Who is mentioned first, and what did they do? Answer in one sentence.",
@@ -297,7 +297,9 @@ class FixedContext:
 
     def room(self, model: PreTrainedModel) -> int | None:
         """Tokens that fit after the fixed context; None if the model sets no limit."""
-        limit = max_positions(model)
+        limit, (_, switch) = max_positions(model), rope_switch(model)
+        if switch is not None and self.tokens <= switch:
+            limit = switch  # beyond it the fixed keys would have to be rotated otherwise
         return None if limit is None else limit - self.tokens
 
 
@@ -325,4 +327,4 @@ def _check_length(tokens: int, config: BuildConfig) -> None:
 
 
 def _scale(module: torch.nn.Module) -> float:
-    return float(getattr(module, "scaling", None) or module.head_dim**-0.5)  # type: ignore[operator, arg-type]
+    return float(getattr(module, "scaling", None) or module.head_dim**-0.5)  # type: ignore[operator]

@@ -184,6 +184,19 @@ def max_positions(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
+def rope_switch(model: PreTrainedModel) -> tuple[str, int | None]:
+    """RoPE type, and the length beyond which it rotates every token otherwise, if it does so at all."""
+    text = model.config.get_text_config()
+    scaling = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    kind = scaling.get("rope_type", "default") if isinstance(scaling, dict) else "default"
+    if kind not in ("dynamic", "longrope"):
+        return kind, None
+    original = scaling.get("original_max_position_embeddings") or getattr(
+        text, "original_max_position_embeddings", None
+    )
+    return kind, original or (max_positions(model) if kind == "dynamic" else None)
+
+
 def model_identity(model: PreTrainedModel) -> dict[str, str]:
     """What tells this model's keys from another's: type, dtype, hash of the architecture, fingerprint of the weights.
 

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 from squeezed.attention import attached
 from squeezed.cache import PrefillLayer
 from squeezed.errors import InputError
-from squeezed.models import max_positions, plan_layers
+from squeezed.models import max_positions, plan_layers, rope_switch
 
 
 @dataclass
@@ -86,6 +86,8 @@ class _PrefillSlidingLayer(DynamicSlidingWindowLayer):
 
     def __init__(self, sliding_window: int, kept: int) -> None:
         super().__init__(sliding_window=sliding_window)
+        self.keys: Tensor
+        self.values: Tensor
         self.kept = kept
 
     def update(
@@ -105,23 +107,18 @@ def _check_length(model: PreTrainedModel, tokens: int) -> None:
     limit = max_positions(model)
     if limit is not None and tokens >= limit:
         raise InputError(
-            f"the text is {tokens} tokens long, {tokens - limit + 1} more than fit: the model has {limit} positions and a "
-            "question needs room too; shorten the text or use a model with a longer context"
+            f"the text is {tokens} tokens long, {tokens - limit + 1} more than fit: the model has {limit} positions "
+            "and a question needs room too; shorten the text or use a model with a longer context"
         )
 
 
 def _whole_if_rope_depends_on_length(model: PreTrainedModel, tokens: int, chunk: int) -> int:
     """Some RoPE variants rotate by the length of the sequence so far; chunks would then disagree with one another."""
-    text = model.config.get_text_config()
-    scaling = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    kind = scaling.get("rope_type", "default") if isinstance(scaling, dict) else "default"
-    original = (scaling.get("original_max_position_embeddings") if isinstance(scaling, dict) else None) or getattr(
-        text, "original_max_position_embeddings", None
-    )
-    if kind == "dynamic" and tokens > (original or max_positions(model) or tokens):
+    kind, switch = rope_switch(model)
+    if switch is None or tokens <= switch:
+        return chunk
+    if kind == "dynamic":
         raise InputError(
             f"{model.config.model_type} uses dynamic RoPE, which re-rotates a longer text with every token"
         )
-    if kind == "longrope" and original and tokens > original:
-        return tokens
-    return chunk
+    return tokens

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from squeezed.answer import Decoding, ask
 from squeezed.attention import attached
 from squeezed.context import FixedContext
+from squeezed.errors import InputError
 from squeezed.models import plan_layers
 
 TOKENIZER = tiny.tokenizer()
@@ -103,6 +105,20 @@ def test_beams_at_sparsity_0_are_the_models_own(family: str) -> None:
         with attached(model(family)):
             found = model(family).generate(**inputs, **ways)
     assert found[0, -10:].tolist() == expected[0, -10:].tolist()
+
+
+def test_an_answer_ends_where_longrope_would_rotate_the_fixed_keys_otherwise() -> None:
+    config = tiny.FAMILIES["phi3-longrope"]()
+    fixed = context("llama")
+    config.rope_parameters["original_max_position_embeddings"] = fixed.tokens + 40
+    config.original_max_position_embeddings = fixed.tokens + 40
+    lm = tiny.from_config(config)
+    fixed = FixedContext.from_text(lm, TOKENIZER, tiny.text(), tiny.BUILD)
+    used = fixed.tokens - 1 + fixed.inputs(TOKENIZER, ["Who?"])["input_ids"].shape[1]
+    (found,) = ask(lm, TOKENIZER, fixed, ["Who?"], dense=True, decoding=Decoding(max_new_tokens=64))
+    assert found.tokens == fixed.tokens + 40 - used
+    with pytest.raises(InputError, match="more than fit"):
+        ask(lm, TOKENIZER, fixed, ["Who? " * 20], dense=True)
 
 
 def test_several_ways_to_answer_use_one_context_without_changing_it() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -38,7 +38,7 @@ def build(
 
     if preset not in PRESETS:
         raise InputError(f"preset is {preset!r}: expected one of {', '.join(PRESETS)}")
-    given = {"clusters": clusters, "levels": levels, "window": window, "chunk": chunk}
+    given: dict[str, Any] = {"clusters": clusters, "levels": levels, "window": window, "chunk": chunk}
     config = replace(PRESETS[preset], **{name: value for name, value in given.items() if value is not None})
     text, parts = read_files(files)
     with artifact.prepare(output, force) as partial:
