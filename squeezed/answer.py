@@ -119,8 +119,27 @@ def ask(
     Raises:
         InputError: an empty question, one that does not fit the model's positions, sparsity outside 0 to 1.
     """
-    inputs = context.inputs(tokenizer, questions, sparsity, dense, model.device)
-    return _generate(model, tokenizer, context, questions, inputs, decoding or Decoding(), on_text)[0]
+    answers: dict[int, Answer] = {}
+    for rows in _same_seam(tokenizer, context, questions):
+        batch = [questions[row] for row in rows]
+        inputs = context.inputs(tokenizer, batch, sparsity, dense, model.device)
+        found, _ = _generate(model, tokenizer, context, batch, inputs, decoding or Decoding(), on_text)
+        answers |= zip(rows, found, strict=True)
+    return [answers[row] for row in range(len(questions))]
+
+
+def _same_seam(tokenizer: PreTrainedTokenizerBase, context: FixedContext, questions: Sequence[str]) -> list[list[int]]:
+    """Questions that give up the same number of fixed tokens; one batch of chats, seldom more of plain text.
+
+    In a mixed batch some would take fixed tokens for their own, and select otherwise than alone.
+    """
+    if len(questions) < 2:
+        return [list(range(len(questions)))]
+    groups: dict[int, list[int]] = {}
+    for row, question in enumerate(questions):
+        given_up, _ = context.encode(tokenizer, [[{"role": "user", "content": question}]])
+        groups.setdefault(given_up, []).append(row)
+    return list(groups.values())
 
 
 class Conversation:

@@ -109,6 +109,16 @@ def test_questions_that_give_up_different_numbers_of_tokens_share_a_batch(name: 
         assert tiny.relative_error(logits[0][row], dense_logits[0][0]) < 1e-3
 
 
+def test_questions_that_give_up_different_numbers_of_tokens_are_answered_as_if_alone() -> None:
+    fixed, lm = context("characters", False, RAW_TEXT), tiny.model("llama")
+    short = Decoding(max_new_tokens=8)
+    together = ask(lm, tokenizer("characters"), fixed, list(RAW_QUESTIONS), 0.7, decoding=short)
+    for question, answer in zip(RAW_QUESTIONS, together, strict=True):
+        (alone,) = ask(lm, tokenizer("characters"), fixed, [question], 0.7, decoding=short)
+        assert (answer.question, answer.text) == (question, alone.text)
+        assert answer.prefill.kept_fraction == pytest.approx(alone.prefill.kept_fraction)
+
+
 def test_a_question_that_changes_more_tokens_than_the_window_has_is_refused() -> None:
     fixed = context("characters", False, tiny.text() + " the??")
     assert fixed.encode(tokenizer("characters"), [[{"role": "user", "content": "!"}]])[0] == 1
