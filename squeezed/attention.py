@@ -12,9 +12,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from squeezed.cache import FixedLayer, PrefillLayer, Usage
+from squeezed import ops
+from squeezed.cache import FixedLayer, PrefillLayer, Read
 from squeezed.models import attention_modules, plan_layers
-from squeezed.ops import backend
 
 NAME = "squeezed"
 _OWN_LOGITS = 2**25  # logits over own tokens held at once: 128 MB
@@ -33,7 +33,7 @@ def squeezed_attention(
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it, [B, Hq, M, D] -> ([B, M, Hq, D], None).
 
-    On a :class:`FixedLayer`, `key` and `value` hold the own tokens only, and the fixed part comes with the layer. On any
+    On a :class:`FixedLayer`, `key` and `value` hold the own tokens only; the fixed part comes with the layer. On any
     other cache it is plain scaled dot product attention, so a model may stay attached while it does other work.
     """
     if not isinstance(squeezed_layer, FixedLayer):
@@ -45,7 +45,7 @@ def squeezed_attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     fixed = attend_fixed(query, squeezed_layer, real_tokens(attention_mask, query), scale)
     own = attend_own(query, key, value, attention_mask, scale)
-    output, _ = backend(query).merge_attention([fixed, own])
+    output, _ = ops.merge_attention([fixed, own])
     return output.to(query.dtype).transpose(1, 2).contiguous(), None
 
 
@@ -81,49 +81,11 @@ def attend_fixed(query: Tensor, layer: FixedLayer, real: list[slice] | None, sca
 
 
 def _attend_block(query: Tensor, layer: FixedLayer, rows: slice, scale: float) -> tuple[Tensor, Tensor]:
-    """One selection for all M queries: score and select level by level, coarsest first, then attend.
-
-    `rows` says which questions of the batch these are, for the record of what was read.
-    """
-    ops, index, selection = backend(query), layer.index, layer.selection
-    window = (index.clustered, layer.window_end)
-    finest = index.levels[0]
-    if selection.curves is None or selection.sparsity == 0:
-        offered = torch.full((query.shape[0], index.keys.shape[0]), index.clustered, device=query.device)
-        _record(layer, query, rows, offered, [])
-        return ops.attend_selected(query, index.keys, index.values, finest.offsets, None, window, scale)
-    thresholds = selection.curves.at(selection.sparsity, query.shape[2])
-    allowed: Tensor | None = None
-    looked_at: list[Tensor] = []
-    for level in reversed(range(len(index.levels))):
-        found = index.levels[level]
-        looked_at.append((found.sizes > 0).expand(query.shape[0], -1, -1) if allowed is None else allowed)
-        scores = ops.score_centroids(query, found.centroids, found.sizes, scale, allowed, found.spread)
-        selected = ops.select_clusters(scores, thresholds[level])
-        if level > 0:
-            allowed = ops.expand_to_children(selected, found.offsets, index.levels[level - 1].shape[1])
-    _record(layer, query, rows, ops.kept_keys(selected, finest.sizes), looked_at)
-    return ops.attend_selected(query, index.keys, index.values, finest.offsets, selected, window, scale)
-
-
-def _record(layer: FixedLayer, query: Tensor, rows: slice, kept: Tensor, looked_at: list[Tensor]) -> None:
-    """Add what a block read: `kept` keys [B, Hk], and the centroids looked at on each level [B, Hk, K] bool."""
-    index = layer.index
-    kv_heads = index.keys.shape[0]
-    row_bytes = index.keys.shape[-1] * index.keys.element_size()
-    counts = kept.sum(-1, dtype=torch.float64)
-    centroids = sum((level.sum((-1, -2), dtype=torch.float64) for level in looked_at), torch.zeros_like(counts))
-    window = kv_heads * (layer.window_end - index.clustered)
-    centroid_bytes = row_bytes if index.levels[0].spread is None else row_bytes + 4
-    offered = torch.full_like(counts, kv_heads * index.clustered)
-    usage = Usage(
-        kept=counts,
-        offered=offered,
-        bytes_read=2 * (counts + window) * row_bytes + centroids * centroid_bytes,
-        bytes_full=2 * (offered + window) * row_bytes,
-    )
-    record = layer.prefill if query.shape[2] > 1 else layer.decode
-    record.add(rows, usage)
+    """One selection for all M queries; `rows` says which questions of the batch these are, for the record."""
+    thresholds = layer.selection.thresholds(query)
+    output, lse, kept = ops.attend_fixed(query, layer.index, thresholds, layer.window_end, scale)
+    layer.reads.append(Read(rows, query.shape[2] == 1, None if thresholds is None else kept, query.shape[0]))
+    return output, lse
 
 
 def attend_own(
@@ -163,7 +125,7 @@ AttentionInterface.register(NAME, squeezed_attention)
 AttentionMaskInterface.register(NAME, _mask)
 
 
-def _hand_over_layer(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _hand_over_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     cache = kwargs.get("past_key_values")
     if cache is not None and module.layer_idx < len(cache.layers):
         layer = cache.layers[module.layer_idx]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from squeezed.ops.layout import ClusteredKeys
 
 @dataclass
 class Usage:
-    """What a cache has read of its layers' fixed contexts; counts stay on the device until they are asked for.
+    """What a cache has read of its layers' fixed contexts.
 
     Attributes:
         kept, offered: clustered keys attended, and those there were.
@@ -32,21 +33,6 @@ class Usage:
 
     def __sub__(self, other: Usage) -> Usage:
         return Usage(*(a - b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
-
-    def add(self, rows: slice, other: Usage) -> None:
-        """Count `other`, which was read by `rows` of the batch."""
-        for name, value in vars(other).items():
-            mine = getattr(self, name)
-            if rows == slice(None):
-                setattr(self, name, mine + value)
-                continue
-            if isinstance(mine, int) or mine.shape[0] < rows.stop:
-                grown = torch.zeros(rows.stop, dtype=value.dtype, device=value.device)
-                if not isinstance(mine, int):
-                    grown[: mine.shape[0]] = mine
-                mine = grown
-            mine[rows] += value
-            setattr(self, name, mine)
 
     def question(self, row: int) -> Usage:
         """The share of one question of the batch."""
@@ -68,6 +54,22 @@ def _ratio(part: Tensor | int, whole: Tensor | int) -> float:
     return float(torch.as_tensor(part).sum()) / total if total else 1.0
 
 
+class Read(NamedTuple):
+    """What one block of queries that share a selection read; nothing is computed from it until it is asked for.
+
+    Attributes:
+        rows: questions of the batch.
+        decode: a generated token, otherwise part of a question.
+        kept: [levels, B, Hk], see `squeezed.ops.attend_fixed`; None if everything was attended.
+        batch: number of those questions.
+    """
+
+    rows: slice
+    decode: bool
+    kept: Tensor | None
+    batch: int
+
+
 @dataclass(frozen=True)
 class Selection:
     """How a question selects: thresholds for a sparsity, or everything.
@@ -81,6 +83,18 @@ class Selection:
     curves: ThresholdCurves | None
     sparsity: float = 0.0
     block: int = 256
+    _on_device: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def thresholds(self, query: Tensor) -> tuple[float, ...] | Tensor | None:
+        """Log threshold per level for the M queries of [B, Hq, M, D]; on a GPU a tensor there, made once."""
+        if self.curves is None or self.sparsity == 0:
+            return None
+        queries = query.shape[2]
+        if not query.is_cuda:
+            return self.curves.at(self.sparsity, queries)
+        if queries not in self._on_device:
+            self._on_device[queries] = torch.tensor(self.curves.at(self.sparsity, queries), device=query.device)
+        return self._on_device[queries]
 
 
 @dataclass(eq=False)
@@ -91,16 +105,44 @@ class FixedLayer(DynamicLayer):
         index: the fixed context of this layer.
         selection: how to select from it.
         window_end: fixed tokens in use, N less those that tokenise differently before this question.
-        prefill, decode: what was read, by queries of the question and by generated tokens.
+        reads: what was read so far.
         observed: when a list, the queries [B, Hq, M, D] that come by are appended to it.
     """
 
     index: ClusteredKeys
     selection: Selection
     window_end: int
-    prefill: Usage = field(default_factory=Usage)
-    decode: Usage = field(default_factory=Usage)
+    reads: list[Read] = field(default_factory=list)
     observed: list[Tensor] | None = None
+
+    def usage(self, decode: bool) -> Usage:
+        """Sum of what generated tokens, or a question's own, have read."""
+        reads = [read for read in self.reads if read.decode is decode]
+        if not reads:
+            return Usage()
+        index = self.index
+        kv_heads, _, dim = index.keys.shape
+        row_bytes = dim * index.keys.element_size()
+        centroid_bytes = row_bytes if index.levels[0].spread is None else row_bytes + 4
+        coarsest = int((index.levels[-1].sizes > 0).sum())
+        batch = max(read.batch if read.rows == slice(None) else read.rows.stop for read in reads)
+        kept, looked_at, blocks = (torch.zeros(batch, dtype=torch.float64) for _ in range(3))
+        for read in reads:
+            blocks[read.rows] += 1
+            if read.kept is None:
+                kept[read.rows] += kv_heads * index.clustered
+                continue
+            counts = read.kept.sum(-1).double().cpu()
+            kept[read.rows] += counts[0]
+            looked_at[read.rows] += coarsest + counts[1:].sum(0)
+        offered = blocks * (kv_heads * index.clustered)
+        window = blocks * (kv_heads * (self.window_end - index.clustered))
+        return Usage(
+            kept=kept,
+            offered=offered,
+            bytes_read=2 * (kept + window) * row_bytes + looked_at * centroid_bytes,
+            bytes_full=2 * (offered + window) * row_bytes,
+        )
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -181,12 +223,12 @@ class SqueezedCache(Cache):
     @property
     def prefill_usage(self) -> Usage:
         """What the question's own tokens read of the fixed context."""
-        return sum((layer.prefill for layer in self.fixed_layers), Usage())
+        return sum((layer.usage(decode=False) for layer in self.fixed_layers), Usage())
 
     @property
     def decode_usage(self) -> Usage:
         """What the generated tokens read of the fixed context."""
-        return sum((layer.decode for layer in self.fixed_layers), Usage())
+        return sum((layer.usage(decode=True) for layer in self.fixed_layers), Usage())
 
 
 class PrefillLayer(DynamicLayer):

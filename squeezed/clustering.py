@@ -11,7 +11,7 @@ from squeezed.ops.layout import ClusteredKeys, ClusterLevel
 COARSENING = 5  # clusters of one level per cluster of the next coarser one (paper: 5% and 1% of the keys)
 _SIMILARITIES = 2**26  # similarities held at once: 256 MB, whatever the context's length
 _SEED_SAMPLES_PER_CLUSTER = 24  # k-means++ looks at no more keys than this; its cost is clusters times samples
-_FLAT_CLUSTERS = 1024  # from here on (20K keys at 5%) cluster coarse to fine: flat costs more than it gains
+_FLAT_CLUSTERS = 512  # more are found coarse to fine: a quarter of the time, 2% more inertia on real keys
 _SETTLED = 1e-3  # stop when fewer than this share of keys changes cluster
 
 
@@ -68,7 +68,7 @@ def _coarse_to_fine(rows: Tensor, mass: Tensor, clusters: int, iterations: int) 
         by_group = group_of[head].argsort(stable=True)
         counts = torch.bincount(group_of[head], minlength=groups).tolist()
         taken, first = 0, 0
-        for group, count in enumerate(counts):
+        for count in counts:
             members = by_group[first : first + count]
             first += count
             if not count:
@@ -126,7 +126,7 @@ def cluster_layer(keys: Tensor, values: Tensor, config: BuildConfig) -> Clustere
     dim = keys.shape[-1]
     first, last = config.sinks, keys.shape[1] - config.window
     inner = keys[:, first:last]
-    count = max(1, round(config.clusters * (last - first)))
+    count = config.clusters_of(last - first)
     labels = [kmeans(inner, count, config.iterations)]
     for _ in range(1, config.levels):
         centroids, sizes = _means(inner, _compose(labels), count)

@@ -318,7 +318,7 @@ def pad_left(
 
 
 def _check_length(tokens: int, config: BuildConfig) -> None:
-    needed = config.sinks + config.window + max(2, round(1 / config.clusters))
+    needed = config.sinks + config.window + max(2, round(1 / (config.clusters or 0.05)))
     if tokens < needed:
         raise InputError(
             f"the text is {tokens} tokens long: expected at least {needed}, a window of {config.window} and "

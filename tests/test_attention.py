@@ -15,7 +15,7 @@ from squeezed.cache import FixedLayer, Selection
 from squeezed.calibration import ThresholdCurves, calibrate
 from squeezed.clustering import cluster_layer
 from squeezed.config import BuildConfig
-from squeezed.ops import backend, reference
+from squeezed.ops import cpu, reference
 from squeezed.ops.layout import ClusteredKeys, ClusterLevel
 
 Q_HEADS, KV_HEADS, TOKENS, DIM = 6, 2, 333, 32
@@ -76,7 +76,7 @@ def attend(fixed: FixedLayer, query: Tensor, own: tuple[Tensor, Tensor], mask: T
 
 def selected_keys(made: Context, query: Tensor, sparsity: float) -> Tensor:
     """[batch, kv_heads, tokens] bool over the store: the keys that one selection for all of `query` attends."""
-    index, ops = made.index, backend(query)
+    index, ops = made.index, cpu
     always = torch.arange(TOKENS) >= index.clustered
     if sparsity == 0:
         return torch.ones(query.shape[0], KV_HEADS, TOKENS, dtype=torch.bool)
@@ -122,7 +122,7 @@ def test_higher_sparsity_keeps_fewer_keys(levels: int) -> None:
     for sparsity in SPARSITIES:
         fixed = layer(made, sparsity)
         attend(fixed, queries(2, 1), own_tokens(2, 1), causal(2, 1, 1))
-        kept.append(fixed.decode.kept_fraction)
+        kept.append(fixed.usage(decode=True).kept_fraction)
     assert kept[0] == 1
     assert kept[-1] == 0
     assert kept == sorted(kept, reverse=True)
@@ -207,7 +207,7 @@ def test_the_order_of_clusters_and_keys_in_the_store_changes_nothing(sparsity: f
     first, second = layer(made, sparsity), layer(moved, sparsity)
     found, expected = attend(second, query, own, mask), attend(first, query, own, mask)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert second.prefill.kept_fraction == first.prefill.kept_fraction or length == 1
+    assert second.usage(decode=False).kept_fraction == first.usage(decode=False).kept_fraction or length == 1
 
 
 @pytest.mark.parametrize("length", [1, 12])
@@ -232,7 +232,7 @@ def test_each_question_of_a_batch_is_told_what_it_read_itself() -> None:
         alone = layer(made, 0.7)
         mine = (own[0][row : row + 1, :, first:], own[1][row : row + 1, :, first:])
         attend(alone, query[row : row + 1, :, first:], mine, causal(1, 12 - first, 12 - first))
-        assert together.prefill.question(row).kept_fraction == pytest.approx(alone.prefill.kept_fraction)
+        assert together.usage(decode=False).question(row).kept_fraction == pytest.approx(alone.usage(decode=False).kept_fraction)
 
 
 def test_padding_does_not_become_nan() -> None:
@@ -285,9 +285,9 @@ def test_a_long_question_shares_a_selection_per_block() -> None:
 def test_what_a_question_reads_counts_as_prefill_whatever_its_length() -> None:
     fixed = layer(context(), 0.7, block=4)
     attend(fixed, queries(1, 9), own_tokens(1, 9), causal(1, 9, 9))
-    assert fixed.decode.kept_fraction == 0
-    assert fixed.decode.bytes_full == 0
-    assert fixed.prefill.offered == 3 * KV_HEADS * fixed.index.clustered
+    assert fixed.usage(decode=True).kept_fraction == 0
+    assert fixed.usage(decode=True).bytes_full == 0
+    assert fixed.usage(decode=False).offered == 3 * KV_HEADS * fixed.index.clustered
 
 
 def test_logits_beyond_the_range_of_exp_stay_finite() -> None:

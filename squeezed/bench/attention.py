@@ -41,7 +41,7 @@ class AttentionCase:
     def __post_init__(self) -> None:
         if self.q_heads % self.kv_heads:
             raise InputError(
-                f"q-heads is {self.q_heads} and kv-heads {self.kv_heads}: expected query heads in equal groups per KV head"
+                f"q-heads is {self.q_heads} and kv-heads {self.kv_heads}: expected equal groups per KV head"
             )
         if self.context < 1000:
             raise InputError(f"context is {self.context} tokens: expected at least 1000 for a meaningful time")
@@ -73,7 +73,7 @@ def time_attention(case: AttentionCase, on_stage: Callable[[str], None] = lambda
     fastest = min(dense, key=lambda name: dense[name])
     total = _median_ms(lambda: attend_fixed(query, layer, None, scale), case.repetitions)
     stages = _stages(query, layer, scale, case.repetitions)
-    usage = layer.prefill if case.queries > 1 else layer.decode
+    usage = layer.usage(decode=case.queries == 1)
     on_stage("measuring the error")
     return {
         "context": case.context,

@@ -27,8 +27,8 @@ def time_generation(
 ) -> dict[str, Any]:
     """One row: the model's own generation over its own cache, and ours, over the same tokens of the same questions.
 
-    Dense is the model's unchanged `generate` with scaled dot product attention on a prefilled DynamicCache; both produce
-    exactly `new_tokens`. Medians over the questions after a warm-up.
+    Dense is the model's unchanged `generate` with scaled dot product attention on a prefilled DynamicCache; both
+    produce exactly `new_tokens`. Medians over the questions after a warm-up.
     """
     given_up, questions_ids = context.encode(tokenizer, [[{"role": "user", "content": q}] for q in questions])
     fixed = context.tokens - given_up

@@ -76,6 +76,48 @@ def generate(
     _print({"device": lm.device.type, "model": model, **_versions(), "rows": [row]}, as_json)
 
 
+@bench_app.command()
+def needle(
+    model: Annotated[str, typer.Option(help="Local transformers folder, .gguf file, hub name, or demo.")] = "demo",
+    file: Annotated[list[str] | None, typer.Option("--file", help="Haystack; the demo's manual if left out.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens, question and answer included.")] = 4096,
+    depths: Annotated[int, typer.Option(help="Places to hide the needle, 2 to 10.")] = 10,
+    sparsity: Annotated[list[float] | None, typer.Option(help="May be given several times.")] = None,
+    levels: Annotated[list[int] | None, typer.Option(help="May be given several times.")] = None,
+    preset: Annotated[str, typer.Option(help="best: ours; paper: the published method.")] = "best",
+    device: Device = "auto",
+    dtype: DType = "auto",
+    as_json: JsonFlag = False,
+) -> None:
+    """Find a fact hidden at ten depths of a text, dense and squeezed."""
+    from squeezed.bench.needle import NeedleCase, find_needles
+    from squeezed.config import check_sparsity, find_preset
+    from squeezed.demo import manual_path
+    from squeezed.text import read_files
+
+    asked = tuple(check_sparsity(value) for value in sparsity or (0.7, 0.9, 0.95))
+    case, config = NeedleCase(context, depths, asked, tuple(levels or (1, 2))), find_preset(preset)
+    lm, tokenizer = load(model, device, dtype)
+    text, _ = read_files(file or [manual_path()])
+    with messages.status("preparing") as status:
+        rows = find_needles(lm, tokenizer, text, case, config, status.update)
+    run = {"device": lm.device.type, "model": model, "preset": preset, **_versions(), "rows": rows}
+    if as_json:
+        print(json.dumps(run, indent=1))
+        return
+    table = Table("method", "sparsity", "found", "by depth", "kept", "KV budget", title=f"Needles in {context} tokens")
+    for row in rows:
+        table.add_row(
+            row["method"],
+            "" if row["sparsity"] is None else f"{row['sparsity']:g}",
+            f"{row['found']} of {row['of']}",
+            row["by_depth"],
+            f"{row['kept_fraction']:.1%}",
+            f"{row['kv_budget']:.3f}",
+        )
+    output.print(table)
+
+
 def _versions() -> dict[str, str]:
     import torch
     import transformers

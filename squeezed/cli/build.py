@@ -30,16 +30,13 @@ def build(
 ) -> None:
     """Prepare a fixed context from text files, once."""
     from squeezed import artifact
-    from squeezed.config import PRESETS
+    from squeezed.config import find_preset
     from squeezed.context import FixedContext
-    from squeezed.errors import InputError
     from squeezed.models import kv_bytes_per_token
     from squeezed.text import read_files
 
-    if preset not in PRESETS:
-        raise InputError(f"preset is {preset!r}: expected one of {', '.join(PRESETS)}")
     given: dict[str, Any] = {"clusters": clusters, "levels": levels, "window": window, "chunk": chunk}
-    config = replace(PRESETS[preset], **{name: value for name, value in given.items() if value is not None})
+    config = replace(find_preset(preset), **{name: value for name, value in given.items() if value is not None})
     text, parts = read_files(files)
     with artifact.prepare(output, force) as partial:
         lm, tokenizer = load(model, device, dtype)

@@ -71,10 +71,10 @@ def score_rows(query, centroids, sizes, allowed, spread, scale, log_scores):  # 
                 top = max(top, chunk_max[row, chunk, g])
             if top == -np.inf:
                 continue
-            total = 0.0
+            denominator = 0.0
             for chunk in range(chunks):
-                total += chunk_sum[row, chunk, g] * math.exp(chunk_max[row, chunk, g] - top)
-            denominators[row, g] = top + np.float32(math.log(total))
+                denominator += chunk_sum[row, chunk, g] * math.exp(chunk_max[row, chunk, g] - top)
+            denominators[row, g] = top + np.float32(math.log(denominator))
     log_group = np.float32(math.log(group))
     for item in prange(rows * chunks):
         row, chunk = item // chunks, item % chunks
