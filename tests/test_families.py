@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from squeezed.answer import Decoding, ask
 from squeezed.attention import attached
-from squeezed.context import FixedContext
+from squeezed.context import FixedContext, pad_left
 from squeezed.errors import InputError
 from squeezed.models import plan_layers
 
@@ -127,6 +127,20 @@ def test_several_ways_to_answer_use_one_context_without_changing_it() -> None:
     answer("gemma3-sliding", tiny.QUESTIONS[:1], 0.0)
     assert answer("gemma3-sliding", tiny.QUESTIONS, 0.7)[0].tolist() == first.tolist()
     assert all(torch.equal(a, layer.keys) for a, layer in zip(before, context("gemma3-sliding").layers, strict=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3-sliding"])
+@pytest.mark.parametrize("given_up", [3, 15])
+def test_fixed_tokens_can_be_given_up_and_fed_again(family: str, given_up: int) -> None:
+    fixed = context(family)
+    own = [*fixed.ids[-given_up:].tolist(), *TOKENIZER("the net").input_ids]
+    whole = torch.tensor([[*fixed.ids.tolist(), *TOKENIZER("the net").input_ids]])
+    inputs = pad_left([own], fixed.tokens - given_up, TOKENIZER, "cpu")
+    with torch.inference_mode():
+        expected, _ = tiny.generate(model(family), 24, input_ids=whole, attention_mask=torch.ones_like(whole))
+        with attached(model(family)):
+            found, _ = tiny.generate(model(family), 24, **inputs, past_key_values=fixed.cache(0.0, given_up=given_up))
+    assert found.tolist() == expected.tolist()
 
 
 def test_a_model_stays_usable_for_other_work_while_attached() -> None:
