@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Everything fetched or built for the demo and the tests stays in the project.
+export SQUEEZED_HOME ?= $(CURDIR)/.demo
 
 demo: $(READY)
 	$(BIN)/squeeze demo
 
 test: lint $(READY)
 	$(BIN)/python -m squeezed.demo.fetch
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu"
+	TRITON_INTERPRET=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not gpu"
 
 # On a machine with a CUDA device and torch, triton and transformers already installed.
 test-gpu:
