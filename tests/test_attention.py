@@ -232,7 +232,8 @@ def test_each_question_of_a_batch_is_told_what_it_read_itself() -> None:
         alone = layer(made, 0.7)
         mine = (own[0][row : row + 1, :, first:], own[1][row : row + 1, :, first:])
         attend(alone, query[row : row + 1, :, first:], mine, causal(1, 12 - first, 12 - first))
-        assert together.usage(decode=False).question(row).kept_fraction == pytest.approx(alone.usage(decode=False).kept_fraction)
+        expected = alone.usage(decode=False).kept_fraction
+        assert together.usage(decode=False).question(row).kept_fraction == pytest.approx(expected)
 
 
 def test_padding_does_not_become_nan() -> None:
