@@ -219,3 +219,29 @@ def measure(case: Case, layers: int, build_seed: int = 0) -> dict[str, Any]:
         "rel_error": error,
         "layers": layers,
     }
+
+
+def time_on_device(
+    context: int,
+    q_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    queries: int,
+    sparsity: float,
+    levels: int,
+    dtype: torch.dtype = torch.bfloat16,
+) -> dict[str, Any]:
+    """One row as `squeeze bench attention` prints it, over as many layers as fill a few gigabytes."""
+    coarse = 0.01 if levels > 1 else None
+    shape = Planted(context, q_heads, kv_heads, head_dim, coarse_share=coarse, dtype=dtype)
+    layers = max(2, min(16, 8 * 2**30 // (context * kv_heads * head_dim * 2 * dtype.itemsize)))
+    row = measure(Case("", shape, queries=queries, sparsity=sparsity), layers)
+    asked: dict[str, Any] = {
+        "context": context,
+        "q_heads": q_heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "queries": queries,
+    }
+    asked |= {"sparsity": sparsity, "levels": levels, "dtype": str(dtype).removeprefix("torch.")}
+    return {**asked, **{name: value for name, value in row.items() if name != "case"}}

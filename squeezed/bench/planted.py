@@ -98,20 +98,12 @@ def _draw(shape: Planted, generator: torch.Generator, device: str) -> Tensor:
 
 def planted_context(shape: Planted, device: str, seed: int = 0) -> ClusteredKeys:
     """Keys and values of one layer, clustered: [kv_heads, tokens, head_dim]."""
-    generator = torch.Generator(device).manual_seed(seed)
     clustered = shape.tokens - shape.window
     fine_count = int(clustered * shape.cluster_share)
-    size = (shape.kv_heads, shape.tokens, shape.head_dim)
-    keys = torch.empty(size, dtype=shape.dtype, device=device)
-    values = torch.empty(size, dtype=shape.dtype, device=device)
+    keys, values = planted_keys(shape, device, seed)
     fine_labels, fine_runs, coarse_labels, coarse_runs = [], [], [], []
     for head in range(shape.kv_heads):
-        values[head].normal_(generator=generator)
-        centres = torch.randn(fine_count // 2, shape.head_dim, generator=generator, device=device)
-        popularity = torch.randn(len(centres), generator=generator, device=device).exp()
-        chosen = torch.multinomial(popularity, shape.tokens, replacement=True, generator=generator)
-        drawn = torch.randn(shape.tokens, shape.head_dim, generator=generator, device=device).mul_(0.6)
-        drawn = drawn.add_(centres[chosen]).to(shape.dtype)
+        drawn = keys[head].clone()
         label = _lloyd(drawn[:clustered], fine_count, shape.iterations)
         fine = int(label.max()) + 1
         parent = torch.zeros(fine, dtype=torch.long, device=device)

@@ -32,13 +32,18 @@ def attention(
 
     check_sparsity(sparsity)
     place = resolve_device(device)
+    precision = parse_dtype(dtype)
+    options: dict[str, Any] = {} if precision is None else {"dtype": precision}
     with messages.status("planting keys") as status:
         from squeezed.bench.attention import AttentionCase, time_attention
 
-        precision = parse_dtype(dtype)
-        options: dict[str, Any] = {} if precision is None else {"dtype": precision}
-        case = AttentionCase(context, q_heads, kv_heads, head_dim, queries, sparsity, levels, **options)
-        row = time_attention(case, status.update)
+        if place.startswith("cuda"):
+            from squeezed.bench.device_attention import time_on_device
+
+            row = time_on_device(context, q_heads, kv_heads, head_dim, queries, sparsity, levels, **options)
+        else:
+            case = AttentionCase(context, q_heads, kv_heads, head_dim, queries, sparsity, levels, **options)
+            row = time_attention(case, status.update)
     _print({"device": place, **_versions(), "rows": [row]}, as_json)
 
 

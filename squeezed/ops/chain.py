@@ -27,8 +27,8 @@ def attend_fixed(
         window_end: keys [index.clustered, window_end) are always attended.
 
     Returns:
-        output [B, Hq, M, D] float32, lse [B, Hq, M] float32, and kept [levels, B, Hk] int64, finest first: the clustered
-        keys attended, and of each coarser level how many clusters of the next finer one it left to look at.
+        output [B, Hq, M, D] float32, lse [B, Hq, M] float32, and kept [levels, B, Hk] int64, finest first: the
+        clustered keys attended, and of each coarser level how many clusters of the next finer one it left to look at.
     """
     window, finest = (index.clustered, window_end), index.levels[0]
     kept = torch.zeros(len(index.levels), query.shape[0], index.keys.shape[0], dtype=torch.int64, device=query.device)

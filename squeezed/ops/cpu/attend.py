@@ -60,7 +60,7 @@ def run_positions(starts, ends, count):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def plan_items(starts, ends, counts, wanted):  # type: ignore[no-untyped-def]
-    """Cut each row's kept keys into work items of nearly equal size: [items, 4] = row, first run, offset in it, keys."""
+    """Cut each row's kept keys into items of nearly equal size: [items, 4] = row, first run, offset in it, keys."""
     rows = counts.shape[0]
     totals = np.zeros(rows, np.int64)
     for row in range(rows):
