@@ -1,10 +1,10 @@
 """Squeezed Attention: many questions over one long, fixed text, answered fast and right.
 
-    from squeezed import FixedContext, ask, load_model
+from squeezed import FixedContext, ask, load_model
 
-    model, tokenizer = load_model("demo")
-    context = FixedContext.build(model, tokenizer, ["manual.md"])
-    print(ask(model, tokenizer, context, ["Who is the director of the station?"])[0].text)
+model, tokenizer = load_model("demo")
+context = FixedContext.build(model, tokenizer, ["manual.md"])
+print(ask(model, tokenizer, context, ["Who is the director of the station?"])[0].text)
 """
 
 from __future__ import annotations

@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from squeezed import ops
 from squeezed.cache import FixedLayer, PrefillLayer, Read
+from squeezed.masks import NAME
 from squeezed.models import attention_modules, plan_layers
 
-NAME = "squeezed"
 _OWN_LOGITS = 2**25  # logits over own tokens held at once: 128 MB
 
 
@@ -68,23 +67,24 @@ def attend_fixed(query: Tensor, layer: FixedLayer, real: list[slice] | None, sca
     if layer.observed is not None:
         layer.observed.append(query)
     queries, block = query.shape[2], layer.selection.block
+    decode = queries == 1 and layer.own_length > 1
     if real is None and queries <= block:
-        return _attend_block(query, layer, slice(None), scale)
+        return _attend_block(query, layer, slice(None), decode, scale)
     output = query.new_zeros(query.shape, dtype=torch.float32)
     lse = query.new_full(query.shape[:3], float("-inf"), dtype=torch.float32)
     for row in range(query.shape[0]):
         span = real[row] if real else slice(0, queries)
         for first in range(span.start, span.stop, block):
             part = (slice(row, row + 1), slice(None), slice(first, min(first + block, span.stop)))
-            output[part], lse[part] = _attend_block(query[part], layer, part[0], scale)
+            output[part], lse[part] = _attend_block(query[part], layer, part[0], decode, scale)
     return output, lse
 
 
-def _attend_block(query: Tensor, layer: FixedLayer, rows: slice, scale: float) -> tuple[Tensor, Tensor]:
-    """One selection for all M queries; `rows` says which questions of the batch these are, for the record."""
+def _attend_block(query: Tensor, layer: FixedLayer, rows: slice, decode: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """One selection for all M queries; `rows` (questions of the batch) and `decode` are for the record."""
     thresholds = layer.selection.thresholds(query)
     output, lse, kept = ops.attend_fixed(query, layer.index, thresholds, layer.window_end, scale)
-    layer.reads.append(Read(rows, query.shape[2] == 1, None if thresholds is None else kept, query.shape[0]))
+    layer.reads.append(Read(rows, decode, None if thresholds is None else kept, query.shape[0]))
     return output, lse
 
 
@@ -114,15 +114,7 @@ def attend_own(
     return output.reshape(batch, q_heads, queries, dim), lse.reshape(batch, q_heads, queries)
 
 
-def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """transformers' boolean mask; always explicit when it belongs to the own tokens after a fixed context."""
-    if not isinstance(kwargs.get("kv_offset", 0), int) or kwargs.get("kv_offset", 0) > 0:
-        kwargs["allow_is_causal_skip"] = False
-    return sdpa_mask(*args, **kwargs)
-
-
 AttentionInterface.register(NAME, squeezed_attention)
-AttentionMaskInterface.register(NAME, _mask)
 
 
 def _hand_over_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -115,9 +115,9 @@ class FixedLayer(DynamicLayer):
     reads: list[Read] = field(default_factory=list)
     observed: list[Tensor] | None = None
 
-    def usage(self, decode: bool) -> Usage:
-        """Sum of what generated tokens, or a question's own, have read."""
-        reads = [read for read in self.reads if read.decode is decode]
+    def usage(self, decode: bool | None = None) -> Usage:
+        """Sum of what generated tokens have read, or a question's own, or both."""
+        reads = [read for read in self.reads if decode is None or read.decode is decode]
         if not reads:
             return Usage()
         index = self.index

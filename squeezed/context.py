@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from squeezed import masks, template  # noqa: F401  (masks registers itself)
+from squeezed import template
 from squeezed.attention import attached
 from squeezed.cache import FixedLayer, FixedSlidingLayer, Selection, SqueezedCache
 from squeezed.calibration import ThresholdCurves, calibrate

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from squeezed.attention import NAME
+NAME = "squeezed"  # of our attention function and of its masks, among transformers' own
 
 
 def mask(

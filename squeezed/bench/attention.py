@@ -73,7 +73,7 @@ def time_attention(case: AttentionCase, on_stage: Callable[[str], None] = lambda
     fastest = min(dense, key=lambda name: dense[name])
     total = _median_ms(lambda: attend_fixed(query, layer, None, scale), case.repetitions)
     stages = _stages(query, layer, scale, case.repetitions)
-    usage = layer.usage(decode=case.queries == 1)
+    usage = layer.usage()
     on_stage("measuring the error")
     return {
         "context": case.context,
