@@ -136,8 +136,9 @@ def calibrate(
             histograms = {coarser: torch.zeros(_BINS, dtype=torch.float64) for coarser in groups}
             for layer, segments, scale in zip(layers, queries, scales, strict=True):
                 blocks = torch.cat([_blocks(segment, count) for segment in segments])
-                for coarser, histogram in histograms.items():
-                    histogram += _histogram(layer, level, blocks, scale, coarser)
+                parts = _histograms(layer, level, blocks, scale, list(histograms))
+                for histogram, part in zip(histograms.values(), parts, strict=True):
+                    histogram += part
                 done += 1
                 on_progress(done, total)
             for coarser, members in groups.items():
@@ -154,19 +155,48 @@ def _blocks(queries: Tensor, count: int) -> Tensor:
     return kept.unflatten(1, (blocks, count)).transpose(0, 1)
 
 
-def _histogram(layer: ClusteredKeys, level: int, blocks: Tensor, scale: float, coarser: tuple[float, ...]) -> Tensor:
-    """Keys by log score on one level, given the thresholds of the coarser ones (finest of them first)."""
+def _histograms(
+    layer: ClusteredKeys, level: int, blocks: Tensor, scale: float, coarser: Sequence[tuple[float, ...]]
+) -> list[Tensor]:
+    """Keys by log score on one level, for each tuple of thresholds of the coarser levels (finest of them first).
+
+    The same scores as `reference.score_centroids`, but the exponentials are taken once for all tuples: what a coarser
+    threshold leaves out only changes the denominators.
+    """
+    own = layer.levels[level]
+    kv_heads, clusters, dim = own.shape
+    grouped = blocks.reshape(blocks.shape[0], kv_heads, -1, dim).float()
+    logits = scale * (grouped @ own.centroids.float().transpose(-1, -2))
+    if own.spread is not None:
+        logits += 0.5 * scale**2 * grouped.square().sum(-1, keepdim=True) * own.spread.unsqueeze(1)
+    # float64: a score may be e^-100 of the row's highest, where float32 has nothing left.
+    weights = (logits - logits.amax(-1, keepdim=True)).double().exp_()
+    sizes = own.sizes.double()
+    counts = sizes.expand(blocks.shape[0], -1, -1).flatten()
+    found = []
+    for thresholds in coarser:
+        allowed = _allowed(layer, level, blocks, scale, thresholds)
+        present = sizes.expand(blocks.shape[0], -1, -1) if allowed is None else sizes * allowed
+        denominators = (weights @ present.unsqueeze(-1)).squeeze(-1)
+        share = torch.where(denominators > 0, 1 / denominators, 0.0)
+        scores = (share.unsqueeze(2) @ weights).squeeze(2) / weights.shape[2]
+        log_scores = scores.log_().masked_fill_(present == 0, -math.inf)
+        bins = ((log_scores.clamp_(min=_LOWEST, max=0.0) - _LOWEST) * _BINS_PER_UNIT).long()
+        found.append(torch.bincount(bins.flatten(), counts, minlength=_BINS).cpu())
+    return found
+
+
+def _allowed(
+    layer: ClusteredKeys, level: int, blocks: Tensor, scale: float, thresholds: tuple[float, ...]
+) -> Tensor | None:
+    """[blocks, kv_heads, clusters] bool, what the coarser levels leave of this one; None if there are none."""
     allowed: Tensor | None = None
     for above in reversed(range(level + 1, len(layer.levels))):
         found = layer.levels[above]
         scores = reference.score_centroids(blocks, found.centroids, found.sizes, scale, allowed, found.spread)
-        selected = reference.select_clusters(scores, coarser[above - level - 1])
+        selected = reference.select_clusters(scores, thresholds[above - level - 1])
         allowed = reference.expand_to_children(selected, found.offsets, layer.levels[above - 1].shape[1])
-    own = layer.levels[level]
-    scores = reference.score_centroids(blocks, own.centroids, own.sizes, scale, allowed, own.spread)
-    bins = ((scores.clamp(min=_LOWEST, max=0.0) - _LOWEST) * _BINS_PER_UNIT).long()
-    weights = own.sizes.expand_as(bins).double()
-    return torch.bincount(bins.flatten(), weights.flatten(), minlength=_BINS).cpu()
+    return allowed
 
 
 def _quantile(histogram: Tensor, share: float) -> float:

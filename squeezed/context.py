@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from squeezed.config import BuildConfig, check_sparsity
 from squeezed.errors import InputError
 from squeezed.models import attention_modules, max_positions, model_identity, rope_switch, tokenizer_identity
 from squeezed.ops.layout import ClusteredKeys
-from squeezed.prefill import prefill
+from squeezed.prefill import PrefilledLayer, prefill
 from squeezed.text import Part, locate_parts, read_files
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -122,10 +122,26 @@ class FixedContext:
             done += count
             on_progress("prefill", done, tokens)
 
+        prefilled = prefill(model, prefix.ids, config.window, config.chunk, on_chunk)
+        located = locate_parts(parts, prefix.spans, head)
+        return cls.from_prefilled(model, tokenizer, prefix, prefilled, config, on_progress, located)
+
+    @classmethod
+    def from_prefilled(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prefix: template.EncodedPrefix,
+        prefilled: Iterable[PrefilledLayer],
+        config: BuildConfig,
+        on_progress: Progress = lambda stage, done, total: None,
+        parts: Sequence[Part] = (),
+    ) -> FixedContext:
+        """Cluster and calibrate a text that is prefilled already; the layers are only read."""
         modules = attention_modules(model)
         layers: list[ClusteredKeys | SlidingTail] = []
         queries: list[Tensor] = []
-        for i, layer in enumerate(prefill(model, prefix.ids, config.window, config.chunk, on_chunk)):
+        for i, layer in enumerate(prefilled):
             if layer.queries is None:
                 layers.append(SlidingTail(layer.keys.clone(), layer.values.clone(), layer.sliding_window or 0))
             else:
@@ -139,14 +155,14 @@ class FixedContext:
             curves=ThresholdCurves.keep_everything(config.levels),
             ids=torch.tensor(prefix.ids),
             seam=prefix.seam,
-            parts=tuple(locate_parts(parts, prefix.spans, head)),
+            parts=tuple(parts),
             text=prefix.text,
             config=config,
             model=model_identity(model),
             tokenizer=tokenizer_identity(tokenizer),
         )
         segments = [[window] for window in queries]
-        if chat and config.calibration == "questions":
+        if prefix.seam.chat and config.calibration == "questions":
             segments = context._observe_probes(model, tokenizer)
         curves = calibrate(squeezed, segments, scales, lambda done, total: on_progress("calibrate", done, total))
         return replace(context, curves=curves)

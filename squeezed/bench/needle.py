@@ -13,6 +13,8 @@ from squeezed.answer import Decoding, ask
 from squeezed.config import BuildConfig
 from squeezed.context import FixedContext
 from squeezed.errors import InputError
+from squeezed.prefill import prefill
+from squeezed.template import encode_prefix
 from squeezed.text import fit_to_tokens
 
 _TEMPLATE_ROOM = 160  # tokens left for the chat template, the needle, the question and the answer
@@ -51,9 +53,12 @@ def find_needles(
         place = round(depth / (case.depths - 1) * len(sentences))
         needle = f"The special magic number for {city} is: {number}"
         hidden = ". ".join([*sentences[:place], needle, *sentences[place:]])
+        on_stage(f"depth {depth + 1} of {case.depths}: prefilling")
+        prefix, _ = encode_prefix(tokenizer, hidden, chat=True)
+        prefilled = list(prefill(model, prefix.ids, config.window, config.chunk))
         for levels in case.levels:
-            on_stage(f"depth {depth + 1} of {case.depths}, levels {levels}: preparing")
-            context = FixedContext.from_text(model, tokenizer, hidden, replace(config, levels=levels))
+            on_stage(f"depth {depth + 1} of {case.depths}, levels {levels}: clustering and calibrating")
+            context = FixedContext.from_prefilled(model, tokenizer, prefix, prefilled, replace(config, levels=levels))
             ways: Sequence[float | None] = (
                 case.sparsities
                 if found and levels != case.levels[0]
