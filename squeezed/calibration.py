@@ -164,7 +164,7 @@ def _histograms(
     threshold leaves out only changes the denominators.
     """
     own = layer.levels[level]
-    kv_heads, clusters, dim = own.shape
+    kv_heads, _, dim = own.shape
     grouped = blocks.reshape(blocks.shape[0], kv_heads, -1, dim).float()
     logits = scale * (grouped @ own.centroids.float().transpose(-1, -2))
     if own.spread is not None:
