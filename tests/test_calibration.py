@@ -1,0 +1,77 @@
+"""Thresholds keep the share of keys that was asked for, on the queries that calibrated them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from squeezed.calibration import ThresholdCurves, calibrate
+from squeezed.clustering import cluster_layer
+from squeezed.config import BuildConfig
+from squeezed.ops import chain, reference
+from squeezed.ops.layout import ClusteredKeys
+
+SCALE = 0.25
+
+
+def layers(levels: int) -> list[ClusteredKeys]:
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for sharpness in (0.5, 3.0):  # layers that need very different shares of their keys
+        keys = sharpness * torch.randn(2, 1224, 16, generator=generator)
+        made.append(cluster_layer(keys, torch.randn(keys.shape), BuildConfig(clusters=0.2, levels=levels, window=20)))
+    return made
+
+
+def queries() -> torch.Tensor:
+    return torch.randn(4, 128, 16, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 4, 64])
+@pytest.mark.parametrize("sparsity", [0.05, 0.3, 0.62, 0.7, 0.9, 0.97])
+def test_the_asked_share_is_dropped(levels: int, count: int, sparsity: float) -> None:
+    made, query = layers(levels), queries()
+    curves = calibrate(made, [[query], [query]], [SCALE, SCALE])
+    blocks = query.unflatten(1, (128 // count, count)).transpose(0, 1)
+    shares = []
+    for layer in made:
+        _, _, kept = chain.attend_fixed(reference, blocks, layer, curves.at(sparsity, count), layer.tokens, SCALE)
+        shares.append(1 - float(kept[0].float().mean()) / layer.clustered)
+    assert sum(shares) / 2 == pytest.approx(sparsity, abs=0.03)
+
+
+def test_one_threshold_lets_a_flat_layer_keep_more_than_a_sharp_one() -> None:
+    made, query = layers(1), queries()
+    curves = calibrate(made, [[query], [query]], [SCALE, SCALE])
+    kept = [
+        chain.attend_fixed(
+            reference, query.transpose(0, 1).unsqueeze(2), layer, curves.at(0.9, 1), layer.tokens, SCALE
+        )[2]
+        for layer in made
+    ]
+    assert abs(float(kept[0].float().mean()) - float(kept[1].float().mean())) > 0.02 * made[0].clustered
+
+
+def test_curves_cover_the_whole_range_and_rise() -> None:
+    made, query = layers(1), queries()
+    curves = calibrate(made, [[query], [query]], [SCALE, SCALE])
+    assert curves.at(0.0, 1) == (-math.inf,)
+    assert curves.at(1.0, 1) == (math.inf,)
+    for count in (1, 2, 7, 64, 500):
+        values = [curves.at(i / 200, count)[0] for i in range(201)]
+        assert values == sorted(values)
+
+
+def test_between_two_numbers_of_queries_the_threshold_lies_between() -> None:
+    curves = ThresholdCurves(
+        torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64),
+        torch.tensor([1, 4]),
+        torch.tensor([[[-math.inf, -8.0, math.inf], [-math.inf, -6.0, math.inf]]], dtype=torch.float64),
+    )
+    assert curves.at(0.5, 1) == (-8.0,)
+    assert curves.at(0.5, 2) == pytest.approx((-7.0,))
+    assert curves.at(0.5, 4) == (-6.0,)
+    assert curves.at(0.5, 99) == (-6.0,)
