@@ -98,17 +98,20 @@ def attend_own(
     """
     batch, q_heads, queries, dim = query.shape
     kv_heads, length = key.shape[1:3]
-    group = q_heads // kv_heads
-    grouped = query.view(batch, kv_heads, group, queries, dim).float() * scale
-    wide_keys, wide_values = key.float().unsqueeze(2), value.float().unsqueeze(2)
+    # The heads of a group are rows of one product: broadcasting over them would copy the keys for each.
+    grouped = query.view(batch, kv_heads, q_heads // kv_heads, queries, dim).float() * scale
+    transposed_keys, wide_values = key.float().transpose(-1, -2), value.float()
     outputs, lses = [], []
     step = max(1, _OWN_LOGITS // (batch * q_heads * length))
     for first in range(0, queries, step):
-        logits = grouped[:, :, :, first : first + step] @ wide_keys.transpose(-1, -2)
+        block = grouped[:, :, :, first : first + step]
+        rows = block.shape[:4]
+        logits = (block.reshape(batch, kv_heads, -1, dim) @ transposed_keys).view(*rows, length)
         if attention_mask is not None:
             logits = logits.masked_fill(~attention_mask[:, :, None, first : first + step], float("-inf"))
         lse = logits.logsumexp(-1)
-        outputs.append((logits - lse.nan_to_num(neginf=0.0).unsqueeze(-1)).exp() @ wide_values)
+        weights = (logits - lse.nan_to_num(neginf=0.0).unsqueeze(-1)).exp_()
+        outputs.append((weights.view(batch, kv_heads, -1, length) @ wide_values).view(*rows, dim))
         lses.append(lse)
     output, lse = torch.cat(outputs, dim=3), torch.cat(lses, dim=3)
     return output.reshape(batch, q_heads, queries, dim), lse.reshape(batch, q_heads, queries)

@@ -7,9 +7,10 @@ import signal
 import sys
 from typing import Any
 
-# The compiled CPU loops and torch have an OpenMP pool each. Threads that spin while they wait would keep the other
-# pool's from running, so they sleep instead; this has to be said before torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# The compiled CPU loops and torch have an OpenMP pool each. Threads that spin for long while they wait keep the other
+# pool's from running, and threads that sleep at once take long to wake: spin for some 50 microseconds, then sleep.
+# This has to be said before torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

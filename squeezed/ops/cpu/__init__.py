@@ -28,6 +28,7 @@ __all__ = [
 
 _STREAMED_ROWS = 32  # above this many query rows per KV head, matrix products are faster than the streaming loops
 _ITEMS_PER_THREAD = 4  # work items per core: enough to even out, few enough to merge for free
+_ONE_CORE = 2**22  # products of a scoring below which one core is faster than several
 _LOGITS = 2**24  # logits held at once when many queries attend: 64 MB
 
 
@@ -51,7 +52,8 @@ def score_centroids(
         scores = np.empty((batch * kv_heads, clusters), np.float32)
         flat_query = grouped.reshape(batch * kv_heads, rows, dim).contiguous().numpy()
         flat_spread = np.empty((0, 0), np.float32) if spread is None else spread.numpy()
-        score.score_rows(
+        small = flat_query.size * clusters < _ONE_CORE
+        (score.score_rows_on_one_core if small else score.score_rows)(
             flat_query, _raw(centroids), sizes.numpy(), flat_allowed, flat_spread, np.float32(scale), scores
         )
         return torch.from_numpy(scores).view(batch, kv_heads, clusters)

@@ -12,8 +12,7 @@ from squeezed.ops.cpu.intrinsics import ORDER_FREE, exp_in_place, widen
 _CHUNK = 512  # clusters per work item: small enough to balance a few heads over the cores
 
 
-@njit(cache=True, nogil=True, parallel=True, fastmath=ORDER_FREE, error_model="numpy")
-def score_rows(query, centroids, sizes, allowed, spread, scale, log_scores):  # type: ignore[no-untyped-def]
+def _score_rows(query, centroids, sizes, allowed, spread, scale, log_scores):  # type: ignore[no-untyped-def]
     """Log scores of a few query rows, see `reference.score_centroids`.
 
     query [B * Hk, G, D] float32; centroids [Hk, K, D] float32 or raw bfloat16; sizes [Hk, K]; allowed [B * Hk, K] bool
@@ -99,3 +98,9 @@ def score_rows(query, centroids, sizes, allowed, spread, scale, log_scores):  # 
                 sums[i] += terms[i]
         for cluster in range(first, last):
             log_scores[row, cluster] += np.float32(math.log(sums[cluster - first])) - log_group
+
+
+_OPTIONS = {"cache": True, "nogil": True, "fastmath": ORDER_FREE, "error_model": "numpy"}
+score_rows = njit(parallel=True, **_OPTIONS)(_score_rows)
+# Waking the other cores takes longer than scoring a short context does.
+score_rows_on_one_core = njit(**_OPTIONS)(_score_rows)
