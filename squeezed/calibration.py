@@ -44,6 +44,7 @@ _COARSE_FULL = 0.7  # the lowest sparsity of the paper; below it level 1 drops p
 # Histogram of log scores. A quantile is off by at most one bin: 1/64 in log score, under 0.2 points of sparsity on the
 # real contexts of docs/results.
 _LOWEST, _BINS_PER_UNIT = -256.0, 64
+_WEIGHTS = 2**18  # float64 weights held at once: 2 MB, whatever the length
 _BINS = int(-_LOWEST * _BINS_PER_UNIT) + 1
 
 
@@ -136,9 +137,11 @@ def calibrate(
             histograms = {coarser: torch.zeros(_BINS, dtype=torch.float64) for coarser in groups}
             for layer, segments, scale in zip(layers, queries, scales, strict=True):
                 blocks = torch.cat([_blocks(segment, count) for segment in segments])
-                parts = _histograms(layer, level, blocks, scale, list(histograms))
-                for histogram, part in zip(histograms.values(), parts, strict=True):
-                    histogram += part
+                step = max(1, _WEIGHTS // (blocks.shape[1] * count * layer.levels[level].shape[1]))
+                for some in blocks.split(step):
+                    parts = _histograms(layer, level, some, scale, list(histograms))
+                    for histogram, part in zip(histograms.values(), parts, strict=True):
+                        histogram += part
                 done += 1
                 on_progress(done, total)
             for coarser, members in groups.items():

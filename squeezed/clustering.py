@@ -9,7 +9,7 @@ from squeezed.config import BuildConfig
 from squeezed.ops.layout import ClusteredKeys, ClusterLevel
 
 COARSENING = 5  # clusters of one level per cluster of the next coarser one (paper: 5% and 1% of the keys)
-_SIMILARITIES = 2**26  # similarities held at once: 256 MB, whatever the context's length
+_SIMILARITIES = 2**24  # similarities held at once: 64 MB, whatever the context's length
 _SEED_SAMPLES_PER_CLUSTER = 24  # k-means++ looks at no more keys than this; its cost is clusters times samples
 _FLAT_CLUSTERS = 512  # more are found coarse to fine: a quarter of the time, 2% more inertia on real keys
 _SETTLED = 1e-3  # stop when fewer than this share of keys changes cluster

@@ -89,6 +89,10 @@ def missing_fields(fields: dict[str, Any]) -> list[str]:
 def _read_fields(model: str) -> dict[str, Any]:
     from transformers import PreTrainedConfig
 
+    if model == "demo":
+        from squeezed.demo.fetch import demo_model
+
+        model = str(demo_model())
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():

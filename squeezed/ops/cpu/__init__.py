@@ -29,7 +29,7 @@ __all__ = [
 _STREAMED_ROWS = 32  # above this many query rows per KV head, matrix products are faster than the streaming loops
 _ITEMS_PER_THREAD = 4  # work items per core: enough to even out, few enough to merge for free
 _ONE_CORE = 2**22  # products of a scoring below which one core is faster than several
-_LOGITS = 2**24  # logits held at once when many queries attend: 64 MB
+_LOGITS = 2**22  # logits held at once when many queries attend: 16 MB
 
 
 def score_centroids(
