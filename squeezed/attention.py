@@ -61,22 +61,29 @@ def real_tokens(attention_mask: Tensor | None, query: Tensor) -> list[slice] | N
 def attend_fixed(query: Tensor, layer: FixedLayer, real: list[slice] | None, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of all queries to the fixed part: output [B, Hq, M, D] float32 and lse [B, Hq, M].
 
-    Queries of a question are taken in blocks that share a selection. Blocks start at each question's own first token,
-    never at its padding, so that a question's answer does not depend on its batch neighbours.
+    A short question's queries each select for themselves; a longer one's are taken in blocks that share a selection.
+    Blocks start at each question's own first token, never at its padding, so that a question's answer does not depend
+    on its batch neighbours.
     """
     if layer.observed is not None:
         layer.observed.append(query)
-    queries, block = query.shape[2], layer.selection.block
-    decode = queries == 1 and layer.own_length > 1
-    if real is None and queries <= block:
-        return _attend_block(query, layer, slice(None), decode, scale)
+    queries, selection = query.shape[2], layer.selection
+    if queries == 1 or (query.shape[0] == 1 and selection.block_of(queries, layer.index) == queries):
+        return _attend_block(query, layer, slice(None), layer.own_length > 1 and queries == 1, scale)
     output = query.new_zeros(query.shape, dtype=torch.float32)
     lse = query.new_full(query.shape[:3], float("-inf"), dtype=torch.float32)
     for row in range(query.shape[0]):
         span = real[row] if real else slice(0, queries)
+        block = selection.block_of(span.stop - span.start, layer.index)
+        if block == 1:
+            # Each query as a question of a batch of its own: one call, and still one copy of the context.
+            own = query[row, :, span].transpose(0, 1).unsqueeze(2)
+            found, found_lse = _attend_block(own, layer, slice(row, row + 1), False, scale)
+            output[row, :, span], lse[row, :, span] = found[:, :, 0].transpose(0, 1), found_lse[:, :, 0].T
+            continue
         for first in range(span.start, span.stop, block):
             part = (slice(row, row + 1), slice(None), slice(first, min(first + block, span.stop)))
-            output[part], lse[part] = _attend_block(query[part], layer, part[0], decode, scale)
+            output[part], lse[part] = _attend_block(query[part], layer, part[0], False, scale)
     return output, lse
 
 

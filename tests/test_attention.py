@@ -64,8 +64,9 @@ def causal(batch: int, queries: int, length: int, padding: list[int] | None = No
     return mask
 
 
-def layer(made: Context, sparsity: float, window_end: int = TOKENS, block: int = 256) -> FixedLayer:
-    return FixedLayer(made.index, Selection(made.curves, sparsity, block), window_end)
+def layer(made: Context, sparsity: float, window_end: int = TOKENS, block: int = 256, alone: int = 0) -> FixedLayer:
+    """By default the queries of a question share selections; `alone` is large where each selects for itself."""
+    return FixedLayer(made.index, Selection(made.curves, sparsity, block, alone), window_end)
 
 
 def attend(fixed: FixedLayer, query: Tensor, own: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
@@ -234,6 +235,24 @@ def test_each_question_of_a_batch_is_told_what_it_read_itself() -> None:
         attend(alone, query[row : row + 1, :, first:], mine, causal(1, 12 - first, 12 - first))
         expected = alone.usage(decode=False).kept_fraction
         assert together.usage(decode=False).question(row).kept_fraction == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_queries_of_a_short_question_select_as_if_each_stood_alone(levels: int) -> None:
+    made, query, own = context(levels), queries(2, 9), own_tokens(2, 9)
+    padding, plenty = [0, 4], 2**20
+    together = layer(made, 0.7, alone=plenty)
+    found = attend(together, query, own, causal(2, 9, 9, padding))
+    kept = 0.0
+    for row, first in enumerate(padding):
+        for place in range(first, 9):
+            one = layer(made, 0.7)
+            seen = (own[0][row : row + 1, :, first : place + 1], own[1][row : row + 1, :, first : place + 1])
+            alone = attend(one, query[row : row + 1, :, place : place + 1], seen, None)
+            torch.testing.assert_close(found[row, :, place], alone[0, :, 0], rtol=1e-5, atol=1e-5)
+            kept += one.usage().kept_fraction
+    assert together.usage(decode=False).kept_fraction == pytest.approx(kept / 14)
+    assert together.usage(decode=True).offered == 0
 
 
 def test_padding_does_not_become_nan() -> None:
