@@ -41,8 +41,7 @@ SPARSITIES = (
 QUERY_COUNTS = (1, 4, 16, 64)
 _COARSE_SPARSITY = 0.5  # paper section 3.3: level 1 keeps half the keys
 _COARSE_FULL = 0.7  # the lowest sparsity of the paper; below it level 1 drops proportionally less, nothing at 0
-# Histogram of log scores. A quantile is off by at most one bin: 1/64 in log score, under 0.2 points of sparsity on the
-# real contexts of docs/results.
+# Histogram of log scores. A quantile is off by at most one bin: 1/64 in log score.
 _LOWEST, _BINS_PER_UNIT = -256.0, 64
 _WEIGHTS = 2**18  # float64 weights held at once: 2 MB, whatever the length
 _BINS = int(-_LOWEST * _BINS_PER_UNIT) + 1
@@ -203,7 +202,7 @@ def _allowed(
 
 
 def _quantile(histogram: Tensor, share: float) -> float:
-    """Log score below which `share` of the keys lie: a bin's lower edge, -inf if that is the first bin."""
+    """Log score below which `share` of the keys lie: linear inside its bin, -inf if that is the first bin."""
     cumulative = histogram.cumsum(0)
     target = share * float(cumulative[-1])
     first = int(torch.searchsorted(cumulative, target))

@@ -55,11 +55,11 @@ def prefill(
     chunk = _whole_if_rope_depends_on_length(model, len(ids), chunk)
     # A shortened window (see template) lets a question start up to `window` tokens earlier: keep those visible too.
     layers = [
-        DynamicSlidingWindowLayer(plan.sliding[i] + window) if i in plan.sliding else PrefillLayer(len(ids), window)
+        _PrefillSlidingLayer(plan.sliding[i], kept=plan.sliding[i] + window)
+        if i in plan.sliding
+        else PrefillLayer(len(ids), window)
         for i in range(plan.num_layers)
     ]
-    for i, size in plan.sliding.items():
-        layers[i] = _PrefillSlidingLayer(size, kept=size + window)
     cache = Cache(layers=layers)
     decoder = model.get_decoder()
     tokens = torch.tensor([list(ids)], device=model.device)
