@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rich.console import Console
 from rich.table import Table
 
@@ -23,13 +25,16 @@ def run(sparsity: float, output: Console, messages: Console) -> None:
         model, tokenizer = load_model(str(demo_model()))
     try:
         context = FixedContext.load(folder, model, tokenizer)
-        if not context.text.endswith(manual_path().read_text(encoding="utf-8").strip()):
+        if "source" not in context.model or not context.text.endswith(
+            manual_path().read_text(encoding="utf-8").strip()
+        ):
             raise InputError("the manual has changed")
     except InputError:
         messages.print("Preparing the manual of the research station, once.")
         with Stages(messages) as stages:
             context = FixedContext.build(model, tokenizer, [manual_path()], on_progress=stages.update)
-        context.save(folder, replace_existing=True)
+        # So that `squeeze ask` knows which model to load.
+        replace(context, model={**context.model, "source": "demo"}).save(folder, replace_existing=True)
         context = FixedContext.load(folder, model, tokenizer)
     table = Table(title=f"{context.tokens:,} tokens asked five questions: dense, and squeezed at sparsity {sparsity:g}")
     for heading in ("question", "dense answer", "squeezed answer"):
