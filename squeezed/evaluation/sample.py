@@ -10,7 +10,7 @@ class Sample:
     """One question about one fixed context.
 
     Attributes:
-        id: unique within a suite and length, stable over runs, for example `niah_single_1/4096/17`.
+        id: unique within a suite and length, stable over runs, for example `niah_single_1/17`.
         task: its task within the suite.
         context: the fixed context, template not included. Samples that share a context hold the same string and come
             one after another, so that a context is prepared once.
@@ -20,6 +20,8 @@ class Sample:
         max_new_tokens: longest answer.
         answer_prefix: text the answer starts with, put after the generation prompt; not part of what is scored.
         choices: all labels of a classification task, otherwise empty.
+        depth: where in the context the one needed passage stands, 0 first to 1 last; None if there are several or
+            nobody knows.
     """
 
     id: str
@@ -31,3 +33,4 @@ class Sample:
     max_new_tokens: int
     answer_prefix: str = ""
     choices: tuple[str, ...] = ()
+    depth: float | None = None

@@ -1,1 +1,21 @@
-"""Suites: each splits its samples into a fixed context and the user input asked of it."""
+"""Suites of questions about long texts, each split into fixed context and user input."""
+
+from squeezed.errors import InputError
+from squeezed.evaluation.suites.base import Suite, SuiteOptions, token_functions
+from squeezed.evaluation.suites.ruler import RULER
+
+SUITES: dict[str, Suite] = {suite.name: suite for suite in (RULER,)}
+
+
+def find_suite(name: str) -> Suite:
+    """The suite of that name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in SUITES:
+        raise InputError(f"there is no suite {name}; choose among {', '.join(SUITES)}")
+    return SUITES[name]
+
+
+__all__ = ["SUITES", "Suite", "SuiteOptions", "find_suite", "token_functions"]

@@ -1,0 +1,151 @@
+"""What a suite is, what it is asked for, and how a context is made as long as asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from squeezed.errors import InputError
+from squeezed.evaluation.sample import Sample
+
+CountTokens = Callable[[str], int]
+TruncateMiddle = Callable[[str, int], str]
+
+
+@dataclass(frozen=True)
+class SuiteOptions:
+    """What is asked of a suite.
+
+    Attributes:
+        length: most tokens that a fixed context may take. The caller has already subtracted the model's template, the
+            question and the room for the answer.
+        count: samples per task. Suites whose contexts are shared spread them over several contexts.
+        seed: same seed, same samples; a sample depends on seed, task and its index only, not on `count`.
+        count_tokens: tokens of a text, no special tokens.
+        truncate_middle: (text, tokens) -> the text with its middle cut out so that it takes at most `tokens`.
+        tasks: None is all of the suite's.
+        data: folder of the suite's texts, see `Suite.needs`.
+    """
+
+    length: int
+    count: int
+    seed: int
+    count_tokens: CountTokens
+    truncate_middle: TruncateMiddle
+    tasks: tuple[str, ...] | None = None
+    data: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise InputError(f"a context of {self.length} tokens was asked for: expected at least 1")
+        if self.count < 1:
+            raise InputError(f"{self.count} samples were asked for: expected at least 1")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A benchmark: samples by task.
+
+    Attributes:
+        tasks: all its tasks, in the order in which they are reported.
+        needs: what the folder `SuiteOptions.data` must hold, for a user to read.
+        make: yields the samples of the given tasks.
+        description: one line for a list of suites.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    needs: str
+    make: Callable[[tuple[str, ...], SuiteOptions], Iterator[Sample]]
+    description: str = ""
+
+    def samples(self, options: SuiteOptions) -> Iterator[Sample]:
+        """The samples asked for; those that share a context come one after another.
+
+        Raises:
+            InputError: an unknown task, data that is missing or not as expected, a length too short for a task.
+        """
+        unknown = sorted(set(options.tasks or ()) - set(self.tasks))
+        if unknown:
+            raise InputError(f"{self.name} has no task {', '.join(unknown)}; choose among {', '.join(self.tasks)}")
+        return self.make(options.tasks or self.tasks, options)
+
+
+def token_functions(tokenizer: PreTrainedTokenizerBase) -> tuple[CountTokens, TruncateMiddle]:
+    """`count_tokens` and `truncate_middle` of a tokenizer."""
+
+    def count_tokens(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def truncate_middle(text: str, tokens: int) -> str:
+        spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+        kept = min(tokens, len(spans))
+        while len(spans) > tokens and kept > 0:
+            last = spans[-(kept // 2)][0] if kept > 1 else len(text)
+            cut = text[: spans[(kept + 1) // 2 - 1][1]] + text[last:]
+            over = count_tokens(cut) - tokens  # the two ends may be tokenised otherwise where they meet
+            if over <= 0:
+                return cut
+            kept -= over
+        return text if len(spans) <= tokens else ""
+
+    return count_tokens, truncate_middle
+
+
+@dataclass
+class Fitted:
+    """Makes every context of a task nearly as long as asked, with few calls of the tokenizer.
+
+    The size that fits is searched once, as RULER does it (NVIDIA/RULER, scripts/data/synthetic); later samples begin
+    with it and give way where they come out longer.
+
+    Attributes:
+        smallest: least size that makes sense for the task.
+    """
+
+    task: str
+    options: SuiteOptions
+    smallest: int = 1
+    _size: int | None = None
+
+    def build(self, make: Callable[[int], str]) -> str:
+        """The context `make(size)` of the largest size that fits `options.length`.
+
+        Args:
+            make: size -> text, growing with the size.
+
+        Raises:
+            InputError: not even the smallest size fits.
+        """
+        if self._size is None:
+            self._size = self._search(make)
+        size = self._size
+        while True:
+            text = make(size)
+            tokens = self.options.count_tokens(text)
+            if tokens <= self.options.length:
+                return text
+            if size <= self.smallest:
+                raise InputError(
+                    f"{self.task} takes at least {tokens} tokens of fixed context, but {self.options.length} were "
+                    "asked for; ask for a greater length"
+                )
+            size = max(self.smallest, min(size - 1, int(size * self.options.length / tokens)))
+
+    def _search(self, make: Callable[[int], str]) -> int:
+        fits, over = self.smallest, 2 * self.smallest
+        while self._fits(make(over)):
+            fits, over = over, 2 * over
+        while over - fits > max(1, fits // 200):
+            middle = (fits + over) // 2
+            if self._fits(make(middle)):
+                fits = middle
+            else:
+                over = middle
+        return fits
+
+    def _fits(self, text: str) -> bool:
+        return self.options.count_tokens(text) <= self.options.length
