@@ -13,6 +13,7 @@ from squeezed.evaluation.sample import Sample
 
 CountTokens = Callable[[str], int]
 TruncateMiddle = Callable[[str, int], str]
+_FULL = 0.98  # of the length asked for; growing a context further is not worth the tokenizer's time
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,6 @@ def token_functions(tokenizer: PreTrainedTokenizerBase) -> tuple[CountTokens, Tr
 class Fitted:
     """Makes every context of a task nearly as long as asked, with few calls of the tokenizer.
 
-    The size that fits is searched once, as RULER does it (NVIDIA/RULER, scripts/data/synthetic); later samples begin
-    with it and give way where they come out longer.
-
     Attributes:
         smallest: least size that makes sense for the task.
     """
@@ -109,10 +107,10 @@ class Fitted:
     task: str
     options: SuiteOptions
     smallest: int = 1
-    _size: int | None = None
+    _size: int = 0  # that fitted last time
 
     def build(self, make: Callable[[int], str]) -> str:
-        """The context `make(size)` of the largest size that fits `options.length`.
+        """The context `make(size)` of nearly the largest size that fits `options.length`.
 
         Args:
             make: size -> text, growing with the size.
@@ -120,32 +118,25 @@ class Fitted:
         Raises:
             InputError: not even the smallest size fits.
         """
-        if self._size is None:
-            self._size = self._search(make)
-        size = self._size
-        while True:
+        length = self.options.length
+        size = max(self._size, self.smallest)
+        fits, over = self.smallest - 1, None
+        best = ""
+        while over is None or over - fits > 1:
             text = make(size)
             tokens = self.options.count_tokens(text)
-            if tokens <= self.options.length:
-                return text
-            if size <= self.smallest:
+            if tokens <= length:
+                fits, best = size, text
+                if tokens >= _FULL * length:
+                    break
+            elif size <= self.smallest:
                 raise InputError(
-                    f"{self.task} takes at least {tokens} tokens of fixed context, but {self.options.length} were "
-                    "asked for; ask for a greater length"
+                    f"{self.task} takes at least {tokens} tokens of fixed context, but {length} were asked for; "
+                    "ask for a greater length"
                 )
-            size = max(self.smallest, min(size - 1, int(size * self.options.length / tokens)))
-
-    def _search(self, make: Callable[[int], str]) -> int:
-        fits, over = self.smallest, 2 * self.smallest
-        while self._fits(make(over)):
-            fits, over = over, 2 * over
-        while over - fits > max(1, fits // 200):
-            middle = (fits + over) // 2
-            if self._fits(make(middle)):
-                fits = middle
             else:
-                over = middle
-        return fits
-
-    def _fits(self, text: str) -> bool:
-        return self.options.count_tokens(text) <= self.options.length
+                over = size
+            size = int(size * (1 + _FULL) / 2 * length / tokens)
+            size = max(fits + 1, size if over is None else min(size, over - 1))
+        self._size = fits
+        return best

@@ -13,10 +13,14 @@ from functools import partial
 from squeezed.evaluation.sample import Sample
 from squeezed.evaluation.suites.base import Suite, SuiteOptions
 from squeezed.evaluation.suites.ruler_niah import Needle, needle_samples
+from squeezed.evaluation.suites.ruler_qa import qa_samples
+from squeezed.evaluation.suites.ruler_tracking import tracking_samples
+from squeezed.evaluation.suites.ruler_words import common_word_samples, frequent_word_samples
 
 NEEDS = "RULER's PaulGrahamEssays.json, squad.json and hotpotqa.json"
 
-_TASKS: dict[str, Callable[[str, SuiteOptions], Iterator[Sample]]] = {
+_Task = Callable[[str, SuiteOptions], Iterator[Sample]]
+_NEEDLES: dict[str, _Task] = {
     name: partial(needle_samples, needle=needle)
     for name, needle in {
         "niah_single_1": Needle(haystack="noise"),
@@ -28,6 +32,14 @@ _TASKS: dict[str, Callable[[str, SuiteOptions], Iterator[Sample]]] = {
         "niah_multivalue": Needle(haystack="essay", num_values=4),
         "niah_multiquery": Needle(haystack="essay", num_keys=4, num_queries=4),
     }.items()
+}
+_TASKS: dict[str, _Task] = {
+    **_NEEDLES,
+    "vt": tracking_samples,
+    "cwe": common_word_samples,
+    "fwe": frequent_word_samples,
+    "qa_1": partial(qa_samples, file="squad.json"),
+    "qa_2": partial(qa_samples, file="hotpotqa.json"),
 }
 
 
