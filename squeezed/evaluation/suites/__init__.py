@@ -2,9 +2,10 @@
 
 from squeezed.errors import InputError
 from squeezed.evaluation.suites.base import Suite, SuiteOptions, token_functions
+from squeezed.evaluation.suites.longbench import LONGBENCH
 from squeezed.evaluation.suites.ruler import RULER
 
-SUITES: dict[str, Suite] = {suite.name: suite for suite in (RULER,)}
+SUITES: dict[str, Suite] = {suite.name: suite for suite in (RULER, LONGBENCH)}
 
 
 def find_suite(name: str) -> Suite:

@@ -22,13 +22,15 @@ class SuiteOptions:
 
     Attributes:
         length: most tokens that a fixed context may take. The caller has already subtracted the model's template, the
-            question and the room for the answer.
+            room for the question and the room for the answer.
         count: samples per task. Suites whose contexts are shared spread them over several contexts.
         seed: same seed, same samples; a sample depends on seed, task and its index only, not on `count`.
         count_tokens: tokens of a text, no special tokens.
         truncate_middle: (text, tokens) -> the text with its middle cut out so that it takes at most `tokens`.
         tasks: None is all of the suite's.
         data: folder of the suite's texts, see `Suite.needs`.
+        question_room: tokens that the caller has left for a question. A longer one, which only LongBench has, makes its
+            context shorter.
     """
 
     length: int
@@ -38,6 +40,7 @@ class SuiteOptions:
     truncate_middle: TruncateMiddle
     tasks: tuple[str, ...] | None = None
     data: Path | None = None
+    question_room: int = 256
 
     def __post_init__(self) -> None:
         if self.length < 1:
@@ -55,6 +58,7 @@ class Suite:
         needs: what the folder `SuiteOptions.data` must hold, for a user to read.
         make: yields the samples of the given tasks.
         description: one line for a list of suites.
+        extra: tasks that are run only when named.
     """
 
     name: str
@@ -62,6 +66,7 @@ class Suite:
     needs: str
     make: Callable[[tuple[str, ...], SuiteOptions], Iterator[Sample]]
     description: str = ""
+    extra: tuple[str, ...] = ()
 
     def samples(self, options: SuiteOptions) -> Iterator[Sample]:
         """The samples asked for; those that share a context come one after another.
@@ -69,9 +74,10 @@ class Suite:
         Raises:
             InputError: an unknown task, data that is missing or not as expected, a length too short for a task.
         """
-        unknown = sorted(set(options.tasks or ()) - set(self.tasks))
+        known = (*self.tasks, *self.extra)
+        unknown = [task for task in options.tasks or () if task not in known]
         if unknown:
-            raise InputError(f"{self.name} has no task {', '.join(unknown)}; choose among {', '.join(self.tasks)}")
+            raise InputError(f"{self.name} has no task {', '.join(unknown)}; choose among {', '.join(known)}")
         return self.make(options.tasks or self.tasks, options)
 
 
