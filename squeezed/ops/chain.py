@@ -30,20 +30,52 @@ def attend_fixed(
         output [B, Hq, M, D] float32, lse [B, Hq, M] float32, and kept [levels, B, Hk] int64, finest first: the
         clustered keys attended, and of each coarser level how many clusters of the next finer one it left to look at.
     """
-    window, finest = (index.clustered, window_end), index.levels[0]
+    finest = index.levels[0]
     kept = torch.zeros(len(index.levels), query.shape[0], index.keys.shape[0], dtype=torch.int64, device=query.device)
+    parts: list[tuple[Tensor, Tensor]] = []
+    window = (index.clustered, window_end)
+    if index.window is not None:
+        window = (index.clustered, index.clustered)
+        length = window_end - index.clustered
+        parts.append(ops.attend_selected(query, *index.window, finest.offsets, None, (0, length), scale))
     if log_thresholds is None:
         kept[0] = index.clustered
-        output, lse = ops.attend_selected(query, index.keys, index.values, finest.offsets, None, window, scale)
-        return output, lse, kept
+        attended = ops.attend_selected(
+            query, index.keys, index.values, finest.offsets, None, window, scale, index.scales
+        )
+        return *_joined(ops, [attended, *parts]), kept
     allowed: Tensor | None = None
-    for level in reversed(range(len(index.levels))):
-        found = index.levels[level]
-        scores = ops.score_centroids(query, found.centroids, found.sizes, scale, allowed, found.spread)
-        selected = ops.select_clusters(scores, log_thresholds[level])
-        if level > 0:
-            allowed = ops.expand_to_children(selected, found.offsets, index.levels[level - 1].shape[1])
-            kept[level] = allowed.sum(-1)
+    for depth in reversed(range(len(index.levels))):
+        level = index.levels[depth]
+        scores = ops.score_centroids(query, level.centroids, level.sizes, scale, allowed, level.spread, index.scales)
+        selected = ops.select_clusters(scores, log_thresholds[depth])
+        if level.values is not None:
+            left_out = (level.sizes > 0) & ~selected
+            parts.append(
+                _stand_in(ops, query, index, depth, left_out if allowed is None else left_out & allowed, scale)
+            )
+        if depth > 0:
+            allowed = ops.expand_to_children(selected, level.offsets, index.levels[depth - 1].shape[1])
+            kept[depth] = allowed.sum(-1)
     kept[0] = ops.kept_keys(selected, finest.sizes)
-    output, lse = ops.attend_selected(query, index.keys, index.values, finest.offsets, selected, window, scale)
-    return output, lse, kept
+    attended = ops.attend_selected(
+        query, index.keys, index.values, finest.offsets, selected, window, scale, index.scales
+    )
+    return *_joined(ops, [attended, *parts]), kept
+
+
+def _stand_in(
+    ops: ModuleType, query: Tensor, index: ClusteredKeys, depth: int, left_out: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention to the clusters [B, Hk, K] that a level leaves out, each as N_i keys that lie at its centroid."""
+    level = index.levels[depth]
+    kv_heads, clusters, _ = level.shape
+    each = torch.arange(clusters + 1, dtype=torch.int32, device=query.device).expand(kv_heads, -1)
+    log_sizes = level.sizes.clamp(min=1).log()
+    return ops.attend_selected(
+        query, level.centroids, level.values, each, left_out, (0, 0), scale, index.scales, log_sizes
+    )
+
+
+def _joined(ops: ModuleType, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    return parts[0] if len(parts) == 1 else ops.merge_attention(parts)

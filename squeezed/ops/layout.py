@@ -3,9 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class ChannelScales(NamedTuple):
+    """How rows in 8 bits are read: number * scale + centre, channel by channel. [kv_heads, head_dim] float32 each.
+
+    Keys and centroids share one pair, values and centroid values the other. With one scale per channel nothing has to
+    be undone key by key: scale the query, and the centre adds the same to every logit of a row.
+    """
+
+    key_scale: Tensor
+    key_centre: Tensor
+    value_scale: Tensor
+    value_centre: Tensor
+
+
+def from_eight_bits(rows: Tensor, scale: Tensor, centre: Tensor) -> Tensor:
+    """[kv_heads, n, head_dim] int8 as float32; rows of any other dtype are only converted."""
+    if rows.dtype != torch.int8:
+        return rows.float()
+    return torch.addcmul(centre.unsqueeze(1), rows.float(), scale.unsqueeze(1))
 
 
 @dataclass(frozen=True)
@@ -16,18 +37,21 @@ class ClusterLevel:
     operation ever selects.
 
     Attributes:
-        centroids: [kv_heads, clusters, head_dim], mean of the raw (after RoPE) keys of each cluster.
+        centroids: [kv_heads, clusters, head_dim], mean of the raw (after RoPE) keys of each cluster; may be in 8 bits.
         sizes: [kv_heads, clusters] int32, number of keys N_i; 0 marks padding.
         spread: [kv_heads, clusters] float32, mean variance per dimension of each cluster's keys, for second-order
             scores; None scores by the centroid alone (paper).
         offsets: [kv_heads, clusters + 1] int32, CSR: cluster i's children are [offsets[i], offsets[i + 1]). On the
             finest level the children are keys, on a coarser one the clusters of the next finer level.
+        values: [kv_heads, clusters, head_dim], mean value of each cluster, of the centroids' dtype; they stand in for
+            the keys of clusters that are left out (Multipole Attention, arXiv 2506.13059). None drops those (paper).
     """
 
     centroids: Tensor
     sizes: Tensor
     offsets: Tensor
     spread: Tensor | None = None
+    values: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -40,6 +64,7 @@ class ClusterLevel:
             self.sizes.to(device),
             self.offsets.to(device),
             None if self.spread is None else self.spread.to(device),
+            None if self.values is None else self.values.to(device),
         )
 
 
@@ -53,10 +78,13 @@ class ClusteredKeys:
     Attributes:
         keys, values: [kv_heads, tokens, head_dim]; the first `clustered` tokens are permuted. Behind them lie the
             attention sinks (the text's first tokens, if they are kept out of the clusters) and the observation window;
-            the operations treat both as one window.
+            the operations treat both as one window. With keys in 8 bits the window's rows here are not read.
         positions: [kv_heads, clustered] int32, place in the text of each permuted key (for inspection).
         levels: finest first; at least one.
         clustered: number of keys in clusters, n = N - w - sinks.
+        scales: of whatever is in 8 bits; None if nothing is.
+        window: keys and values [kv_heads, tokens - clustered, head_dim] of the window as the model made them, if `keys`
+            are in 8 bits: sinks lie so far off that they would cost all other keys their precision.
     """
 
     keys: Tensor
@@ -64,6 +92,8 @@ class ClusteredKeys:
     positions: Tensor
     levels: tuple[ClusterLevel, ...]
     clustered: int
+    scales: ChannelScales | None = None
+    window: tuple[Tensor, Tensor] | None = None
 
     @property
     def tokens(self) -> int:
@@ -71,8 +101,13 @@ class ClusteredKeys:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of keys and values, the full KV that a budget is measured against."""
+        """Bytes of the stored keys and values."""
         return self.keys.nbytes + self.values.nbytes
+
+    def centroids(self, level: int) -> Tensor:
+        """[kv_heads, clusters, head_dim] float32, as the operations see them."""
+        rows = self.levels[level].centroids
+        return rows.float() if self.scales is None else from_eight_bits(rows, *self.scales[:2])
 
     def to(self, device: torch.device | str) -> ClusteredKeys:
         return ClusteredKeys(
@@ -81,4 +116,6 @@ class ClusteredKeys:
             self.positions.to(device),
             tuple(level.to(device) for level in self.levels),
             self.clustered,
+            None if self.scales is None else ChannelScales(*(scale.to(device) for scale in self.scales)),
+            None if self.window is None else (self.window[0].to(device), self.window[1].to(device)),
         )

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from squeezed.ops.layout import ChannelScales, from_eight_bits
+
 
 def score_centroids(
     query: Tensor,
@@ -17,6 +19,7 @@ def score_centroids(
     scale: float,
     allowed: Tensor | None = None,
     spread: Tensor | None = None,
+    scales: ChannelScales | None = None,
 ) -> Tensor:
     """Log of the estimated attention weight of each key of each cluster (paper section 3.2, eq. 2 and 4).
 
@@ -30,6 +33,7 @@ def score_centroids(
         scale: the attention module's own scaling s.
         allowed: [B, Hk, K] bool, clusters inside surviving coarser clusters; the denominator counts only those.
         spread: [Hk, K] float32, mean variance per dimension of the cluster's keys.
+        scales: of centroids in 8 bits.
 
     Returns:
         [B, Hk, K] float32; -inf for padding and for what is not allowed.
@@ -37,7 +41,8 @@ def score_centroids(
     batch, q_heads, queries, dim = query.shape
     kv_heads, clusters, _ = centroids.shape
     grouped = query.reshape(batch, kv_heads, (q_heads // kv_heads) * queries, dim).float()
-    logits = scale * (grouped @ centroids.float().transpose(-1, -2))
+    rows = centroids.float() if scales is None else from_eight_bits(centroids, *scales[:2])
+    logits = scale * (grouped @ rows.transpose(-1, -2))
     if spread is not None:
         logits = logits + 0.5 * scale**2 * grouped.square().sum(-1, keepdim=True) * spread.unsqueeze(1)
     valid = (sizes > 0).expand(batch, kv_heads, clusters)
@@ -89,8 +94,13 @@ def attend_selected(
     selected: Tensor | None,
     window: tuple[int, int],
     scale: float,
+    scales: ChannelScales | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Exact softmax attention over the keys of the selected clusters and the window.
+
+    The same operation lets centroids stand in for clusters that are left out (Multipole Attention, arXiv 2506.13059,
+    eq. 3): with centroids as keys, their mean values as values, one "key" per cluster and log N_i as bias.
 
     Args:
         query: [B, Hq, M, D].
@@ -99,10 +109,14 @@ def attend_selected(
         selected: [B, Hk, K] bool, or None for every key before the window's end (dense).
         window: [start, end) of the keys that are always attended.
         scale: softmax scale.
+        scales: of keys and values in 8 bits.
+        bias: [Hk, N] float32, added to the logits of every query.
 
     Returns:
         output [B, Hq, M, D] float32 and log-sum-exp [B, Hq, M] float32 (-inf where nothing was attended).
     """
+    if scales is not None:
+        keys, values = from_eight_bits(keys, *scales[:2]), from_eight_bits(values, *scales[2:])
     batch, q_heads, queries, dim = query.shape
     kv_heads, tokens, _ = keys.shape
     position = torch.arange(tokens, device=keys.device)
@@ -113,6 +127,8 @@ def attend_selected(
         kept = expand_to_children(selected, offsets, tokens) | in_window
     grouped = query.reshape(batch, kv_heads, -1, dim).float()
     logits = scale * (grouped @ keys.float().transpose(-1, -2))
+    if bias is not None:
+        logits = logits + bias.unsqueeze(1)
     logits = logits.masked_fill(~kept.unsqueeze(2), float("-inf"))
     lse = torch.logsumexp(logits, dim=-1)
     weights = (logits - lse.nan_to_num(neginf=0.0).unsqueeze(-1)).exp()

@@ -15,6 +15,7 @@ from numba import get_num_threads
 from torch import Tensor
 
 from squeezed.ops.cpu import attend, score
+from squeezed.ops.layout import ChannelScales
 from squeezed.ops.reference import expand_to_children, kept_keys, merge_attention, select_clusters
 
 __all__ = [
@@ -39,12 +40,19 @@ def score_centroids(
     scale: float,
     allowed: Tensor | None = None,
     spread: Tensor | None = None,
+    scales: ChannelScales | None = None,
 ) -> Tensor:
     """See :func:`squeezed.ops.reference.score_centroids`."""
     batch, q_heads, queries, dim = query.shape
     kv_heads, clusters, _ = centroids.shape
     rows = (q_heads // kv_heads) * queries
     grouped = query.reshape(batch, kv_heads, rows, dim).float()
+    # [B, Hk, rows], of the query itself; what multiplies centroids in 8 bits is scaled. Their centre adds the same to
+    # every logit of a row, which the scores' denominator takes away again.
+    stretch = (0.5 * scale**2) * grouped.square().sum(-1)
+    if centroids.dtype == torch.int8:
+        assert scales is not None
+        grouped = grouped * scales.key_scale.unsqueeze(1)
     if rows <= _STREAMED_ROWS and centroids.dtype != torch.float16:
         flat_allowed = np.empty((0, 0), np.bool_)
         if allowed is not None:
@@ -54,14 +62,20 @@ def score_centroids(
         flat_spread = np.empty((0, 0), np.float32) if spread is None else spread.numpy()
         small = flat_query.size * clusters < _ONE_CORE
         (score.score_rows_on_one_core if small else score.score_rows)(
-            flat_query, _raw(centroids), sizes.numpy(), flat_allowed, flat_spread, np.float32(scale), scores
+            flat_query,
+            _raw(centroids),
+            sizes.numpy(),
+            flat_allowed,
+            flat_spread,
+            stretch.reshape(batch * kv_heads, rows).numpy(),
+            np.float32(scale),
+            scores,
         )
         return torch.from_numpy(scores).view(batch, kv_heads, clusters)
     by_head = (grouped * scale).transpose(0, 1).reshape(kv_heads, batch * rows, dim)
     logits = torch.bmm(by_head, centroids.float().transpose(1, 2)).view(kv_heads, batch, rows, clusters)
     if spread is not None:
-        stretch = (0.5 * scale**2) * grouped.square().sum(-1).transpose(0, 1)  # [Hk, B, rows]
-        logits.addcmul_(stretch.unsqueeze(-1), spread[:, None, None, :])
+        logits.addcmul_(stretch.transpose(0, 1).unsqueeze(-1), spread[:, None, None, :])
     valid = (sizes > 0).unsqueeze(1)
     if allowed is not None:
         valid = valid & allowed.transpose(0, 1)
@@ -79,6 +93,8 @@ def attend_selected(
     selected: Tensor | None,
     window: tuple[int, int],
     scale: float,
+    scales: ChannelScales | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`squeezed.ops.reference.attend_selected`."""
     batch, q_heads, queries, dim = query.shape
@@ -90,16 +106,30 @@ def attend_selected(
     else:
         flat = selected.reshape(batch * kv_heads, -1).contiguous().numpy()
         runs = attend.merge_runs(flat, offsets.numpy(), window[0], window[1])
-    grouped = query.float().reshape(batch * kv_heads, rows, dim).contiguous()
+    grouped = query.float().reshape(batch, kv_heads, rows, dim)
+    eight_bits = keys.dtype == torch.int8
+    if eight_bits:
+        assert scales is not None
+        shift = scale * (grouped @ scales.key_centre.unsqueeze(-1)).view(batch * kv_heads, rows)
+        grouped = grouped * scales.key_scale.unsqueeze(1)
+    grouped = grouped.reshape(batch * kv_heads, rows, dim).contiguous()
     few = rows <= _STREAMED_ROWS and keys.dtype != torch.float16
-    output, lse = (_attend_streamed if few else _attend_gathered)(grouped, keys, values, runs, scale)
+    output, lse = (_attend_streamed if few else _attend_gathered)(grouped, keys, values, runs, scale, bias)
+    if eight_bits:
+        assert scales is not None
+        lse = lse + shift
+        by_head = output.view(batch, kv_heads, rows, dim)
+        output = torch.addcmul(scales.value_centre.unsqueeze(1), by_head, scales.value_scale.unsqueeze(1))
+        output.masked_fill_(lse.view(batch, kv_heads, rows, 1) == -math.inf, 0.0)
     return output.view(batch, q_heads, queries, dim), lse.view(batch, q_heads, queries)
 
 
 Runs = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def _attend_streamed(grouped: Tensor, keys: Tensor, values: Tensor, runs: Runs, scale: float) -> tuple[Tensor, Tensor]:
+def _attend_streamed(
+    grouped: Tensor, keys: Tensor, values: Tensor, runs: Runs, scale: float, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Read every kept key once; partial results of equal work items are merged by log-sum-exp."""
     starts, ends, counts = runs
     rows, group, dim = grouped.shape
@@ -114,6 +144,7 @@ def _attend_streamed(grouped: Tensor, keys: Tensor, values: Tensor, runs: Runs, 
         starts,
         ends,
         items,
+        np.empty((0, 0), np.float32) if bias is None else bias.numpy(),
         np.float32(scale),
         partial,
         partial_max,
@@ -125,7 +156,9 @@ def _attend_streamed(grouped: Tensor, keys: Tensor, values: Tensor, runs: Runs, 
     return torch.from_numpy(output), torch.from_numpy(lse)
 
 
-def _attend_gathered(grouped: Tensor, keys: Tensor, values: Tensor, runs: Runs, scale: float) -> tuple[Tensor, Tensor]:
+def _attend_gathered(
+    grouped: Tensor, keys: Tensor, values: Tensor, runs: Runs, scale: float, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Gather each head's kept keys once for all its queries, then two matrix products per block of queries."""
     starts, ends, counts = runs
     output = grouped.new_zeros(grouped.shape)
@@ -141,6 +174,8 @@ def _attend_gathered(grouped: Tensor, keys: Tensor, values: Tensor, runs: Runs, 
         for first in range(0, grouped.shape[1], step):
             block = slice(first, first + step)
             logits = (grouped[row, block] * scale) @ transposed_keys
+            if bias is not None:
+                logits += bias[head].index_select(0, index)
             lse[row, block] = logits.logsumexp(-1)
             output[row, block] = logits.sub_(lse[row, block].unsqueeze(-1)).exp_() @ kept_values
     return output, lse

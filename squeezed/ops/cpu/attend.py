@@ -91,12 +91,14 @@ def plan_items(starts, ends, counts, wanted):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, parallel=True, fastmath=ORDER_FREE, error_model="numpy")
-def stream_items(query, keys, values, starts, ends, items, scale, partial, partial_max, partial_sum):  # type: ignore[no-untyped-def]
+def stream_items(query, keys, values, starts, ends, items, bias, scale, partial, partial_max, partial_sum):  # type: ignore[no-untyped-def]
     """Online-softmax attention of each work item, unnormalised.
 
-    query [B * Hk, G, D] float32; keys, values [Hk, N, D] float32 or raw bfloat16. Writes partial [items, G, D],
-    partial_max and partial_sum [items, G], float32. Each kept key is read once for all G queries.
+    query [B * Hk, G, D] float32; keys, values [Hk, N, D] float32, int8 or raw bfloat16; bias [Hk, N] float32 of the
+    logits or [0, 0] for none. Writes partial [items, G, D], partial_max and partial_sum [items, G], float32. Each kept
+    key is read once for all G queries.
     """
+    biased = bias.shape[0] > 0
     group, dim = query.shape[1], query.shape[2]
     heads = keys.shape[0]
     line = 64 // keys.itemsize
@@ -128,6 +130,8 @@ def stream_items(query, keys, values, starts, ends, items, scale, partial, parti
                     for d in range(dim):
                         dot += query[row, g, d] * widen(keys[head, position, d])
                     logits[g, i] = dot * scale
+                    if biased:
+                        logits[g, i] += bias[head, position]
             for g in range(group):
                 highest = top[g]
                 for i in range(tile):

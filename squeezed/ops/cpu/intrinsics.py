@@ -39,12 +39,14 @@ def prefetch(typingctx: Any, array: Any, head: Any, position: Any, element: Any)
 
 
 def widen(value):  # type: ignore[no-untyped-def]
-    """float32 from a float32, or from the 16 raw bits of a bfloat16 (numpy has no such type)."""
+    """float32 from a float32, an int8, or the 16 raw bits of a bfloat16 (numpy has no such type)."""
     raise NotImplementedError
 
 
 @overload(widen, inline="always")
 def _widen(value):  # type: ignore[no-untyped-def]
+    if value == types.int8:
+        return lambda value: np.float32(value)
     if isinstance(value, types.Integer):
         return lambda value: np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
     return lambda value: value

@@ -12,23 +12,17 @@ from squeezed.ops.cpu.intrinsics import ORDER_FREE, exp_in_place, widen
 _CHUNK = 512  # clusters per work item: small enough to balance a few heads over the cores
 
 
-def _score_rows(query, centroids, sizes, allowed, spread, scale, log_scores):  # type: ignore[no-untyped-def]
+def _score_rows(query, centroids, sizes, allowed, spread, stretch, scale, log_scores):  # type: ignore[no-untyped-def]
     """Log scores of a few query rows, see `reference.score_centroids`.
 
-    query [B * Hk, G, D] float32; centroids [Hk, K, D] float32 or raw bfloat16; sizes [Hk, K]; allowed [B * Hk, K] bool
-    or [0, 0] for all; spread [Hk, K] float32 or [0, 0] for none; log_scores [B * Hk, K] float32 is written.
+    query [B * Hk, G, D] float32; centroids [Hk, K, D] float32, int8 or raw bfloat16; sizes [Hk, K]; allowed [B * Hk, K]
+    bool or [0, 0] for all; spread [Hk, K] float32 or [0, 0] for none; stretch [B * Hk, G] float32, what multiplies the
+    spread: s^2 |q|^2 / 2; log_scores [B * Hk, K] float32 is written.
     """
     rows, group, dim = query.shape
     heads, clusters = sizes.shape
     chunks = (clusters + _CHUNK - 1) // _CHUNK
     restricted, second_order = allowed.shape[0] > 0, spread.shape[0] > 0
-    stretch = np.zeros((rows, group), np.float32)
-    if second_order:
-        for row in range(rows):
-            for g in range(group):
-                for d in range(dim):
-                    stretch[row, g] += query[row, g, d] * query[row, g, d]
-                stretch[row, g] *= np.float32(0.5) * scale * scale
     logits = np.empty((rows, group, clusters), np.float32)
     chunk_max = np.empty((rows, chunks, group), np.float32)
     chunk_sum = np.empty((rows, chunks, group), np.float32)

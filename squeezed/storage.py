@@ -1,0 +1,79 @@
+"""How a clustered layer is stored: mean values for its centroids, and 8 bits for what bears it.
+
+One scale and centre per head and channel hold the whole range, with nothing clipped. On SmolLM2 at 7,500 tokens keys
+and values in 8 bits put 0.8% on the attention output, if the first tokens stay out: their keys lie so far off that with
+them it is 2.6%. (Scales per row give 1.0%, fp8 e4m3 6.6%: real keys have large constant channels.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from squeezed.ops.layout import ChannelScales, ClusteredKeys, ClusterLevel
+
+_LARGEST = 127.0
+
+
+def add_centroid_values(layer: ClusteredKeys) -> ClusteredKeys:
+    """The layer with the mean value of every cluster of every level, of the values' dtype."""
+    clustered = layer.values[:, : layer.clustered]
+    levels = tuple(
+        replace(level, values=_run_means(clustered, level.sizes).to(layer.values.dtype)) for level in layer.levels
+    )
+    return replace(layer, levels=levels)
+
+
+def to_eight_bits(layer: ClusteredKeys, keys_too: bool) -> ClusteredKeys:
+    """Centroids and their values as int8, and with `keys_too` the clustered keys and values as well.
+
+    The window (and the sinks) are kept as the model made them.
+    """
+    finest = layer.levels[0]
+    if keys_too:
+        keys, values = layer.keys[:, : layer.clustered], layer.values[:, : layer.clustered]
+    else:
+        keys = finest.centroids
+        values = layer.values[:, : layer.clustered] if finest.values is None else finest.values
+    scales = ChannelScales(*_scale_and_centre(keys), *_scale_and_centre(values))
+    levels = tuple(_level(level, scales) for level in layer.levels)
+    if not keys_too:
+        return replace(layer, levels=levels, scales=scales)
+    return replace(
+        layer,
+        levels=levels,
+        scales=scales,
+        keys=_stored(layer.keys, *scales[:2]),
+        values=_stored(layer.values, *scales[2:]),
+        window=(layer.keys[:, layer.clustered :].clone(), layer.values[:, layer.clustered :].clone()),
+    )
+
+
+def _level(level: ClusterLevel, scales: ChannelScales) -> ClusterLevel:
+    values = None if level.values is None else _stored(level.values, *scales[2:])
+    return replace(level, centroids=_stored(level.centroids, *scales[:2]), values=values)
+
+
+def _run_means(rows: Tensor, sizes: Tensor) -> Tensor:
+    """Mean of each run of `sizes` consecutive rows: [H, n, D], [H, K] int32 -> [H, K, D] float32; 0 for empty runs."""
+    heads, n, dim = rows.shape
+    means = torch.zeros(heads, sizes.shape[1], dim, device=rows.device)
+    for head in range(heads):  # a head at a time: a float32 copy of all would be twice the layer
+        run_of = torch.repeat_interleave(sizes[head], output_size=n)
+        means[head].index_add_(0, run_of, rows[head].float())
+    return means / sizes.clamp(min=1).unsqueeze(-1)
+
+
+def _scale_and_centre(rows: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = rows.amin(dim=1).float(), rows.amax(dim=1).float()
+    return ((high - low) / (2 * _LARGEST)).clamp(min=1e-12), (high + low) / 2
+
+
+def _stored(rows: Tensor, scale: Tensor, centre: Tensor) -> Tensor:
+    stored = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
+    for head in range(rows.shape[0]):
+        scaled = (rows[head].float() - centre[head]) / scale[head]
+        stored[head] = scaled.round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8)
+    return stored
