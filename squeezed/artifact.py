@@ -33,11 +33,11 @@ from squeezed.calibration import ThresholdCurves
 from squeezed.config import BuildConfig
 from squeezed.context import FixedContext, SlidingTail
 from squeezed.errors import InputError
-from squeezed.ops.layout import ClusteredKeys, ClusterLevel
+from squeezed.ops.layout import ChannelScales, ClusteredKeys, ClusterLevel
 from squeezed.template import Seam
 from squeezed.text import Part
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, TEXT, CONTEXT = "manifest.json", "text.txt", "context.safetensors"
 
 
@@ -222,6 +222,12 @@ def _layer_tensors(layer: ClusteredKeys | SlidingTail) -> dict[str, Tensor]:
             tensors |= {f"centroids.{i}": level.centroids, f"sizes.{i}": level.sizes, f"offsets.{i}": level.offsets}
             if level.spread is not None:
                 tensors[f"spread.{i}"] = level.spread
+            if level.values is not None:
+                tensors[f"centroid_values.{i}"] = level.values
+        if layer.scales is not None:
+            tensors |= layer.scales._asdict()
+        if layer.window is not None:
+            tensors["window_keys"], tensors["window_values"] = layer.window
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -336,11 +342,19 @@ def _layer(entry: _Layer, tensors: dict[str, Tensor]) -> ClusteredKeys | Sliding
         return SlidingTail(tensors["keys"], tensors["values"], entry.sliding_window or 0)
     levels = tuple(
         ClusterLevel(
-            tensors[f"centroids.{i}"], tensors[f"sizes.{i}"], tensors[f"offsets.{i}"], tensors.get(f"spread.{i}")
+            tensors[f"centroids.{i}"],
+            tensors[f"sizes.{i}"],
+            tensors[f"offsets.{i}"],
+            tensors.get(f"spread.{i}"),
+            tensors.get(f"centroid_values.{i}"),
         )
         for i in range(entry.levels)
     )
-    return ClusteredKeys(tensors["keys"], tensors["values"], tensors["positions"], levels, entry.clustered)
+    scales = ChannelScales(*(tensors[name] for name in ChannelScales._fields)) if "key_scale" in tensors else None
+    window = (tensors["window_keys"], tensors["window_values"]) if "window_keys" in tensors else None
+    return ClusteredKeys(
+        tensors["keys"], tensors["values"], tensors["positions"], levels, entry.clustered, scales, window
+    )
 
 
 def describe(folder: Path) -> dict[str, Any]:

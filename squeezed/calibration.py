@@ -168,7 +168,7 @@ def _histograms(
     own = layer.levels[level]
     kv_heads, _, dim = own.shape
     grouped = blocks.reshape(blocks.shape[0], kv_heads, -1, dim).float()
-    logits = scale * (grouped @ own.centroids.float().transpose(-1, -2))
+    logits = scale * (grouped @ layer.centroids(level).transpose(-1, -2))
     if own.spread is not None:
         logits += 0.5 * scale**2 * grouped.square().sum(-1, keepdim=True) * own.spread.unsqueeze(1)
     # float64: a score may be e^-100 of the row's highest, where float32 has nothing left.
@@ -195,7 +195,9 @@ def _allowed(
     allowed: Tensor | None = None
     for above in reversed(range(level + 1, len(layer.levels))):
         found = layer.levels[above]
-        scores = reference.score_centroids(blocks, found.centroids, found.sizes, scale, allowed, found.spread)
+        scores = reference.score_centroids(
+            blocks, found.centroids, found.sizes, scale, allowed, found.spread, layer.scales
+        )
         selected = reference.select_clusters(scores, thresholds[above - level - 1])
         allowed = reference.expand_to_children(selected, found.offsets, layer.levels[above - 1].shape[1])
     return allowed

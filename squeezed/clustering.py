@@ -7,6 +7,7 @@ from torch import Tensor
 
 from squeezed.config import BuildConfig
 from squeezed.ops.layout import ClusteredKeys, ClusterLevel
+from squeezed.storage import store
 
 COARSENING = 5  # clusters of one level per cluster of the next coarser one (paper: 5% and 1% of the keys)
 _SIMILARITIES = 2**24  # similarities held at once: 64 MB, whatever the context's length
@@ -138,13 +139,14 @@ def cluster_layer(keys: Tensor, values: Tensor, config: BuildConfig) -> Clustere
         clustered = rows[:, first:last].gather(1, order.unsqueeze(-1).expand(-1, -1, dim))
         return torch.cat([clustered, rows[:, :first], rows[:, last:]], dim=1)
 
-    return ClusteredKeys(
+    layer = ClusteredKeys(
         keys=lay_out(keys),
         values=lay_out(values),
         positions=(order + first).int(),
         levels=build_levels(inner, labels, order, config.second_order),
         clustered=last - first,
     )
+    return store(layer, config)
 
 
 def _compose(labels: list[Tensor]) -> Tensor:

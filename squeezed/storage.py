@@ -12,9 +12,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from squeezed.config import BuildConfig
 from squeezed.ops.layout import ChannelScales, ClusteredKeys, ClusterLevel
 
 _LARGEST = 127.0
+
+
+def store(layer: ClusteredKeys, config: BuildConfig) -> ClusteredKeys:
+    """The layer as `config` wants it kept."""
+    if config.compensate:
+        layer = add_centroid_values(layer)
+    if config.centroid_bits == 8 or config.key_bits == 8:
+        layer = to_eight_bits(layer, keys_too=config.key_bits == 8)
+    return layer
 
 
 def add_centroid_values(layer: ClusteredKeys) -> ClusteredKeys:

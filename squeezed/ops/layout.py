@@ -104,6 +104,25 @@ class ClusteredKeys:
         """Bytes of the stored keys and values."""
         return self.keys.nbytes + self.values.nbytes
 
+    # What a budget counts. A deployment keeps keys in 16 bits, so wider ones (float32 on a CPU) count as 16.
+
+    @property
+    def full_bytes(self) -> int:
+        """Of a key and its value as the model makes them; also of one in the window."""
+        return 4 * self.keys.shape[2]
+
+    @property
+    def key_bytes(self) -> int:
+        """Of a clustered key and its value as they are stored."""
+        return 2 * self.keys.shape[2] * min(2, self.keys.element_size())
+
+    @property
+    def centroid_bytes(self) -> int:
+        """Of a centroid that is looked at, with its spread and its mean value where they are kept."""
+        level = self.levels[0]
+        row = self.keys.shape[2] * min(2, level.centroids.element_size())
+        return row * (1 if level.values is None else 2) + (0 if level.spread is None else 4)
+
     def centroids(self, level: int) -> Tensor:
         """[kv_heads, clusters, head_dim] float32, as the operations see them."""
         rows = self.levels[level].centroids
