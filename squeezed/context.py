@@ -136,8 +136,13 @@ class FixedContext:
         config: BuildConfig,
         on_progress: Progress = lambda stage, done, total: None,
         parts: Sequence[Part] = (),
+        identity: tuple[dict[str, str], str] | None = None,
     ) -> FixedContext:
-        """Cluster and calibrate a text that is prefilled already; the layers are only read."""
+        """Cluster and calibrate a text that is prefilled already; the layers are only read.
+
+        Args:
+            identity: of model and tokenizer, for whoever builds many contexts with them; taken afresh if left out.
+        """
         modules = attention_modules(model)
         layers: list[ClusteredKeys | SlidingTail] = []
         queries: list[Tensor] = []
@@ -158,8 +163,8 @@ class FixedContext:
             parts=tuple(parts),
             text=prefix.text,
             config=config,
-            model=model_identity(model),
-            tokenizer=tokenizer_identity(tokenizer),
+            model=identity[0] if identity else model_identity(model),
+            tokenizer=identity[1] if identity else tokenizer_identity(tokenizer),
         )
         segments = [[window] for window in queries]
         if prefix.seam.chat and config.calibration == "questions":

@@ -1,0 +1,321 @@
+"""Many methods in one forward pass: each row of the batch is the same question, attended by another method.
+
+A row is a method and a budget. The fixed context is prefilled once and shared; a row's own tokens are its own. Rows may
+stand at different lengths, so that one can go on generating where another has got further.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+
+from squeezed.attention import attend_fixed, attend_own
+from squeezed.cache import FixedLayer, Read
+from squeezed.evaluation.methods.base import Asked, LayerContext, Method, products
+from squeezed.evaluation.methods.squeezed import Squeezed
+from squeezed.models import attention_modules
+from squeezed.ops import merge_attention
+
+NAME = "squeezed-evaluation"
+_LOGITS = {"cpu": 2**25, "cuda": 2**28}  # float32 logits held at once
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method under a budget, `None` for full attention; `spec` is how the command line names it."""
+
+    spec: str
+    method: Method
+    budget: float | None
+
+    @property
+    def key(self) -> str:
+        return self.spec if self.budget is None else f"{self.spec}@{self.budget:g}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of one method that share what was built: positions in the batch, and the state of each layer."""
+
+    rows: slice
+    method: Method
+    states: Sequence[Any]
+
+
+class Place:
+    """Where each row of a batch stands; shared by the layers.
+
+    Attributes:
+        lengths: [R] int64 on the device, own tokens that are in the cache.
+        active: [A] int64, rows in the current pass.
+        width: tokens that the current pass feeds to each row.
+        reach: most own tokens of any row after the current pass.
+        bytes: [A, width] float64, bytes of the fixed context read in the current pass, all layers together.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.host_lengths = [0] * rows
+        self.device = device
+
+    def begin(self, active: Sequence[int], width: int) -> None:
+        self.rows = list(active)
+        self.active = torch.tensor(self.rows, device=self.device)
+        self.width = width
+        self.reach = max(self.host_lengths[row] for row in active) + width
+        self.places = self.lengths[self.active].unsqueeze(1) + torch.arange(width, device=self.device)
+        self.bytes = torch.zeros(len(self.rows), width, dtype=torch.float64, device=self.device)
+
+    def accept(self, row: int, tokens: int) -> None:
+        self.host_lengths[row] += tokens
+
+    def settle(self) -> None:
+        self.lengths = torch.tensor(self.host_lengths, device=self.device)
+
+
+class RowsLayer(DynamicLayer):
+    """Own tokens of all rows in one layer: keys, values and queries [R, capacity, heads, head_dim]."""
+
+    def __init__(self, place: Place, rows: int, capacity: int) -> None:
+        super().__init__()
+        self.place, self.rows, self.capacity = place, rows, capacity
+        self.queries: Tensor | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.dtype, self.device = key_states.dtype, key_states.device
+            heads, dim = key_states.shape[1], key_states.shape[-1]
+            self.keys = key_states.new_zeros(self.rows, self.capacity, heads, dim)
+            self.values = torch.zeros_like(self.keys)
+            self.is_initialized = True
+        self._write(self.keys, key_states)
+        self._write(self.values, value_states)
+        return key_states, value_states
+
+    def _write(self, store: Tensor, new: Tensor) -> None:
+        store[self.place.active.unsqueeze(1), self.place.places] = new.transpose(1, 2)
+
+    def _read(self, store: Tensor) -> Tensor:
+        """[A, heads, reach, D]"""
+        return store[self.place.active, : self.place.reach].transpose(1, 2)
+
+    def get_seq_length(self) -> int:
+        return self.place.reach
+
+    def attend(self, query: Tensor, scale: float) -> Tensor:
+        """[A, Hq, M, D] -> [A, Hq, M, D] float32, causal over the own tokens and by method over the fixed ones."""
+        raise NotImplementedError
+
+    def _own(self, query: Tensor, scale: float, window: int | None = None) -> tuple[Tensor, Tensor]:
+        at = torch.arange(self.place.reach, device=query.device)
+        places = self.place.places.unsqueeze(-1)
+        mask = at <= places
+        if window is not None:
+            mask &= at > places - window
+        return attend_own(query, self._read(self.keys), self._read(self.values), mask.unsqueeze(1), scale)
+
+
+class SlidingRowsLayer(RowsLayer):
+    """A layer with a sliding window, dense for every row; its fixed part is the last tokens [Hk, tail, D]."""
+
+    def __init__(
+        self, place: Place, rows: int, capacity: int, keys: Tensor, values: Tensor, given_up: int, window: int
+    ) -> None:
+        super().__init__(place, rows, capacity)
+        end = keys.shape[1] - given_up
+        self.tail = (keys[:, :end], values[:, :end])
+        self.window = window
+
+    def attend(self, query: Tensor, scale: float) -> Tensor:
+        keys, values = (tail.expand(query.shape[0], -1, -1, -1) for tail in self.tail)
+        distance = self.place.places.unsqueeze(-1) + torch.arange(keys.shape[2], 0, -1, device=query.device)
+        fixed = attend_own(query, keys, values, (distance < self.window).unsqueeze(1), scale)
+        return merge_attention([fixed, self._own(query, scale, self.window)])[0]
+
+
+class ScoredLayer(RowsLayer):
+    """A full-attention layer: rows of choosing methods read `context`, those of ours their FixedLayer.
+
+    Attributes:
+        groups: the choosing methods' rows, in the order of the batch.
+        ours: row -> the product's cache layer.
+        end: fixed tokens in use.
+        budgets: of all rows.
+        observed: when a list, the queries [A, Hq, M, D] that come by are appended to it.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        rows: int,
+        capacity: int,
+        context: LayerContext,
+        groups: Sequence[Group],
+        ours: dict[int, FixedLayer],
+        end: int,
+        budgets: Sequence[float],
+    ) -> None:
+        super().__init__(place, rows, capacity)
+        self.context, self.groups, self.ours = context, groups, ours
+        self.end, self.budgets = end, budgets
+        self.observed: list[Tensor] | None = None
+
+    def attend(self, query: Tensor, scale: float) -> Tensor:
+        if self.queries is None:
+            self.queries = query.new_zeros(self.rows, self.capacity, query.shape[1], query.shape[-1])
+        self._write(self.queries, query)
+        if self.observed is not None:
+            self.observed.append(query)
+        return merge_attention([self.fixed(query, scale)[:2], self._own(query, scale)])[0]
+
+    def fixed(self, query: Tensor, scale: float, mass: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Attention to the fixed context: output [A, Hq, M, D] float32, log-sum-exp [A, Hq, M], and with `mass` the
+        log-sum-exp of the exactly attended keys alone."""
+        output = query.new_empty(query.shape, dtype=torch.float32)
+        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+        exact = lse if not mass else torch.empty_like(lse)
+        active = self.place.rows
+        chosen = [at for at, row in enumerate(active) if row not in self.ours]
+        for at, row in enumerate(active):
+            if row in self.ours:
+                # As a batch of questions of one token each: every query token selects for itself.
+                alone = query[at].transpose(0, 1).unsqueeze(2)
+                found, found_lse = attend_fixed(alone, self.ours[row], None, scale)
+                output[at], lse[at] = found[:, :, 0].transpose(0, 1), found_lse[:, :, 0].T
+                if mass:
+                    exact[at] = lse[at]
+        if chosen:
+            part = slice(chosen[0], chosen[-1] + 1)
+            step = max(1, _LOGITS[query.device.type] // (len(chosen) * query.shape[1] * self.end))
+            for first in range(0, query.shape[2], step):
+                block = slice(first, min(first + step, query.shape[2]))
+                results = self._choose(query[part, :, block], part, block, mass)
+                output[part, :, block], lse[part, :, block] = results[:2]
+                if mass:
+                    exact[part, :, block] = results[2]
+        return output, lse, exact
+
+    def _choose(self, query: Tensor, part: slice, block: slice, mass: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows of `part` of the batch, and the queries of `block`."""
+        context, place = self.context, self.place
+        heads = context.kv_heads
+        batch, q_heads, queries, dim = query.shape
+        # KV heads first: rows and queries of a head are one matrix.
+        grouped = query.view(batch, heads, q_heads // heads, queries, dim).transpose(0, 1)
+        assert self.queries is not None
+        history = self._read(self.queries)[part].unflatten(1, (heads, -1)).transpose(0, 1)
+        keys, values = context.keys[:, : self.end], context.values[:, : self.end]
+        flat = products(grouped.reshape(heads, -1, dim), keys.transpose(1, 2)).mul_(context.scale)
+        logits = flat.view(*grouped.shape[:-1], self.end)
+        full_lse = logits.logsumexp(-1) if mass else None
+        exact_mass = None if full_lse is None else torch.zeros_like(full_lse)
+        estimates: list[tuple[slice, Tensor, Tensor]] = []
+        active = place.rows[part]
+        for group in self.groups:
+            inside = [at for at, row in enumerate(active) if group.rows.start <= row < group.rows.stop]
+            if not inside:
+                continue
+            rows = slice(inside[0], inside[-1] + 1)
+            budgets = tuple(self.budgets[active[at]] for at in inside)
+            own = logits[:, rows]
+            places = place.places[part, block][rows]
+            asked = Asked(context, grouped[:, rows], own, places, history[:, rows], budgets)
+            choice = group.method.choose(group.states[context.layer], asked)
+            inner = own[..., context.inner]
+            read = 2.0 * context.row_bytes * heads * (self.end - context.count)
+            if choice.kept is None:
+                place.bytes[part, block][rows] += read + 2.0 * context.row_bytes * heads * context.count
+            else:
+                union = choice.kept.any(2) if choice.kept.shape[2] > 1 else choice.kept[:, :, 0]
+                kept_keys = union.sum((0, 3), dtype=torch.float64)
+                place.bytes[part, block][rows] += read + 2.0 * context.row_bytes * kept_keys
+                inner.masked_fill_(~choice.kept, float("-inf"))
+            place.bytes[part, block][rows] += choice.metadata
+            if exact_mass is not None and full_lse is not None:
+                exact_mass[:, rows] = own.logsumexp(-1)
+            if choice.log_weights is not None:
+                inner += choice.log_weights
+            if choice.estimates is not None and choice.stand_ins is not None:
+                estimates.append((rows, choice.estimates, choice.stand_ins))
+        peak = logits.amax(-1, keepdim=True)
+        weights = logits.sub_(peak).exp_()
+        total = weights.sum(-1)
+        summed = products(weights.view(heads, -1, self.end).to(values.dtype), values)
+        output = summed.view(*grouped.shape[:-1], dim) / total.unsqueeze(-1)
+        lse = total.log() + peak.squeeze(-1)
+        for rows, stand_in_logits, stand_ins in estimates:
+            own_lse = stand_in_logits.logsumexp(-1)
+            shares = (stand_in_logits - own_lse.nan_to_num(neginf=0.0).unsqueeze(-1)).exp_()
+            guessed = products(shares.view(heads, -1, shares.shape[-1]).to(stand_ins.dtype), stand_ins)
+            merged = merge_attention([(output[:, rows], lse[:, rows]), (guessed.view_as(output[:, rows]), own_lse)])
+            output[:, rows], lse[:, rows] = merged
+
+        def by_row(tensor: Tensor) -> Tensor:
+            return tensor.transpose(0, 1).flatten(1, 2)
+
+        return by_row(output), by_row(lse), by_row(lse if exact_mass is None else exact_mass)
+
+    def ours_bytes(self, row: int) -> Tensor:
+        """What our row read for each query token fed so far, in that order: [tokens] float64."""
+        layer = self.ours[row]
+        kept = [read.kept for read in layer.reads]
+        batch = sum(read.batch for read in layer.reads)
+        if any(part is None for part in kept):
+            layer.reads = [Read(slice(None), False, None, batch)]
+        else:
+            layer.reads = [Read(slice(None), False, torch.cat(kept, dim=1), batch)]  # type: ignore[arg-type]
+        return torch.as_tensor(layer.usage().bytes_read, dtype=torch.float64)
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    scored_layer: RowsLayer | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    assert scored_layer is not None
+    output = scored_layer.attend(query, scaling if scaling is not None else query.shape[-1] ** -0.5)
+    return output.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+# Without masks of the same name: transformers then makes none, and the layers know which own tokens a row may see.
+AttentionInterface.register(NAME, _attention)
+
+
+@contextmanager
+def scoring(model: PreTrainedModel) -> Iterator[None]:
+    """Let `model` run on the caches of this module for the length of a with block."""
+
+    def hand_over(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        cache: Cache = kwargs["past_key_values"]
+        kwargs["scored_layer"] = cache.layers[module.layer_idx]
+        return args, kwargs
+
+    before = model.config._attn_implementation
+    hooks = [m.register_forward_pre_hook(hand_over, with_kwargs=True) for m in attention_modules(model)]
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        for hook in hooks:
+            hook.remove()
+
+
+def is_ours(row: Row) -> bool:
+    """Whether the product attends for this row."""
+    return isinstance(row.method, Squeezed)
