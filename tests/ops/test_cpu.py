@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+from types import ModuleType
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +13,9 @@ from torch import Tensor
 
 from squeezed.ops import chain, cpu, reference
 from squeezed.ops.cpu.intrinsics import exp_in_place
-from tests.ops.triton_cases import Case, make_layer, make_query
+from squeezed.ops.layout import ClusterLevel
+from squeezed.storage import add_centroid_values, to_eight_bits
+from tests.ops.cases import Case, judge_whole, make_layer, make_query, quantile_thresholds
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 MATRIX = [
@@ -91,6 +97,63 @@ def test_the_whole_chain_equals_the_reference_on_every_level(queries: int) -> No
     assert relative(found[0], expected[0]) < 1e-5
     assert torch.equal(found[2], expected[2])
     assert 0 < int(found[2][0].sum()) < case.batch * case.kv_heads * layer.clustered
+
+
+STORED = [
+    replace(case, compensate=compensate, centroid_bits=min(8, bits) if bits == 8 else centroid_bits, key_bits=bits)
+    for case in (
+        *(Case(dtype=dtype, head_dim=64, q_heads=6, kv_heads=2, queries=3, seed=5) for dtype in TOLERANCE),
+        Case(head_dim=128, levels=2, batch=2, clusters=70, second_order=True, seed=6),
+        Case(levels=3, clusters=90, queries=40, q_heads=4, seed=7),
+        Case(clusters=63, largest=3, seed=8),
+    )
+    for compensate, centroid_bits, bits in ((True, 16, 16), (True, 8, 16), (False, 8, 16), (True, 8, 8), (False, 8, 8))
+]
+
+
+@pytest.mark.parametrize("case", STORED, ids=str)
+@pytest.mark.parametrize("keep", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("ops", [cpu, reference], ids=["cpu", "reference"])
+def test_stand_ins_and_eight_bits_equal_float64_over_the_same_rows(case: Case, keep: float, ops: ModuleType) -> None:
+    layer, query = make_layer(case), make_query(case)
+    thresholds = [-math.inf if keep == 1 else math.inf] * case.levels
+    if 0 < keep < 1:
+        thresholds = quantile_thresholds(query, layer, SCALE, keep).tolist()
+    end = layer.tokens - 3
+    output, lse, _ = chain.attend_fixed(ops, query, layer, tuple(thresholds), end, SCALE)
+    expected, expected_lse = judge_whole(query, layer, thresholds, end, SCALE)
+    assert relative(output, expected) < TOLERANCE[case.dtype]
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-4, atol=1e-4)
+
+
+def test_with_one_key_per_cluster_stand_ins_make_any_selection_dense() -> None:
+    case = Case(clusters=50, largest=3, compensate=True, q_heads=4)
+    layer, query = make_layer(case), make_query(case)
+    singles = torch.ones(case.kv_heads, layer.clustered, dtype=torch.int32)
+    each = torch.arange(layer.clustered + 1, dtype=torch.int32).expand(case.kv_heads, -1).contiguous()
+    level = ClusterLevel(layer.keys[:, : layer.clustered], singles, each)
+    layer = add_centroid_values(replace(layer, levels=(level,)))
+    dense, dense_lse, _ = chain.attend_fixed(cpu, query, layer, None, layer.tokens, SCALE)
+    for keep in (0.1, 0.7):
+        threshold = quantile_thresholds(query, layer, SCALE, keep).tolist()
+        output, lse, kept = chain.attend_fixed(cpu, query, layer, tuple(threshold), layer.tokens, SCALE)
+        assert 0 < int(kept[0].sum()) < layer.clustered * case.kv_heads
+        assert relative(output, dense) < 1e-5
+        torch.testing.assert_close(lse, dense_lse)
+
+
+def test_eight_bits_keep_attention_where_channels_have_large_constants_and_sinks_lie_far_off() -> None:
+    case = Case(clusters=80, q_heads=4, head_dim=64, seed=9)
+    layer, query = make_layer(case), make_query(case)
+    generator = torch.Generator().manual_seed(1)
+    keys = layer.keys + 40 * torch.randn(case.kv_heads, 1, case.head_dim, generator=generator)
+    keys[:, layer.clustered : layer.clustered + 4] *= -5
+    plain = replace(layer, keys=keys)
+    packed = to_eight_bits(plain, keys_too=True)
+    assert packed.keys.dtype == torch.int8
+    dense = chain.attend_fixed(reference, query, plain, None, layer.tokens, SCALE)[0]
+    found = chain.attend_fixed(reference, query, packed, None, layer.tokens, SCALE)[0]
+    assert relative(found, dense) < 0.02
 
 
 def test_merging_parts_equals_attending_to_their_union() -> None:

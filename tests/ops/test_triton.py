@@ -24,7 +24,7 @@ from squeezed.ops.triton.chain import select_keys
 from squeezed.ops.triton.eight_bit import to_eight_bits
 from squeezed.ops.triton.score import score_few_rows
 from squeezed.ops.triton.score_many import score_many_rows
-from tests.ops.triton_cases import (
+from tests.ops.cases import (
     Case,
     judge,
     list_to_mask,

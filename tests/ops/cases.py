@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from squeezed.ops import reference
-from squeezed.ops.layout import ClusteredKeys, ClusterLevel
+from squeezed.ops.layout import ClusteredKeys, ClusterLevel, from_eight_bits
+from squeezed.storage import add_centroid_values, to_eight_bits
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,9 @@ class Case:
     dtype: torch.dtype = torch.float32
     seed: int = 0
     second_order: bool = False
+    compensate: bool = False
+    centroid_bits: int = 16
+    key_bits: int = 16
 
 
 def _partition(total: int, parts: int, generator: torch.Generator) -> Tensor:
@@ -82,7 +86,12 @@ def make_layer(case: Case, device: str = "cpu") -> ClusteredKeys:
             for level in levels
         ]
     positions = torch.arange(clustered, dtype=torch.int32).expand(case.kv_heads, -1).contiguous()
-    return ClusteredKeys(keys, values, positions, tuple(levels), clustered).to(device)
+    layer = ClusteredKeys(keys, values, positions, tuple(levels), clustered)
+    if case.compensate:
+        layer = add_centroid_values(layer)
+    if min(case.centroid_bits, case.key_bits) == 8:
+        layer = to_eight_bits(layer, keys_too=case.key_bits == 8)
+    return layer.to(device)
 
 
 def make_query(case: Case, device: str = "cpu") -> Tensor:
@@ -96,7 +105,7 @@ def reference_selection(query: Tensor, layer: ClusteredKeys, log_thresholds: Ten
     allowed = None
     for level in reversed(range(len(layer.levels))):
         here = layer.levels[level]
-        scores = reference.score_centroids(query, here.centroids, here.sizes, scale, allowed, here.spread)
+        scores = reference.score_centroids(query, here.centroids, here.sizes, scale, allowed, here.spread, layer.scales)
         selected = reference.select_clusters(scores, float(log_thresholds[level]))
         if level:
             allowed = reference.expand_to_children(selected, here.offsets, layer.levels[level - 1].shape[1])
@@ -109,7 +118,7 @@ def quantile_thresholds(query: Tensor, layer: ClusteredKeys, scale: float, keep:
     allowed = None
     for level in reversed(range(len(layer.levels))):
         here = layer.levels[level]
-        scores = reference.score_centroids(query, here.centroids, here.sizes, scale, allowed, here.spread)
+        scores = reference.score_centroids(query, here.centroids, here.sizes, scale, allowed, here.spread, layer.scales)
         finite = scores[scores.isfinite()].sort().values
         if len(finite) > 1:
             share = keep ** (1 / len(layer.levels))
@@ -139,6 +148,47 @@ def judge(
     lse = logits.logsumexp(-1)
     weights = (logits - lse.nan_to_num(neginf=0.0)[..., None]).exp()
     return (weights @ layer.values.double()).reshape(query.shape), lse.reshape(batch, q_heads, queries)
+
+
+def judge_whole(
+    query: Tensor, layer: ClusteredKeys, log_thresholds: Tensor | list[float], window_end: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """float64 softmax over selected keys, the window, and a stand-in of N_i keys for every cluster left out."""
+    batch, q_heads, queries, head_dim = query.shape
+    kv_heads, tokens, _ = layer.keys.shape
+    keys, values = _rows(layer, layer.keys, layer.values)
+    if layer.window is not None:
+        keys[:, layer.clustered :], values[:, layer.clustered :] = layer.window[0].double(), layer.window[1].double()
+    position = torch.arange(tokens, device=query.device)
+    in_window = (position >= layer.clustered) & (position < window_end)
+    rows, means, bias, kept, allowed = [keys], [values], [torch.zeros(kv_heads, tokens).to(keys)], [], None
+    for depth in reversed(range(len(layer.levels))):
+        here = layer.levels[depth]
+        scores = reference.score_centroids(query, here.centroids, here.sizes, scale, allowed, here.spread, layer.scales)
+        selected = reference.select_clusters(scores, float(log_thresholds[depth]))
+        if here.values is not None:
+            centroids, centroid_values = _rows(layer, here.centroids, here.values)
+            rows.append(centroids)
+            means.append(centroid_values)
+            bias.append(here.sizes.double().clamp(min=1).log())
+            left_out = (here.sizes > 0) & ~selected
+            kept.append(left_out if allowed is None else left_out & allowed)
+        children = layer.levels[depth - 1].shape[1] if depth else tokens
+        allowed = reference.expand_to_children(selected, here.offsets, children)
+    assert allowed is not None
+    seen = torch.cat([allowed | in_window, *kept], 2)
+    grouped = query.double().reshape(batch, kv_heads, -1, head_dim)
+    logits = scale * grouped @ torch.cat(rows, 1).transpose(-1, -2) + torch.cat(bias, 1).unsqueeze(1)
+    logits = logits.masked_fill(~seen[:, :, None], float("-inf"))
+    lse = logits.logsumexp(-1)
+    weights = (logits - lse.nan_to_num(neginf=0.0)[..., None]).exp()
+    return (weights @ torch.cat(means, 1)).reshape(query.shape), lse.reshape(batch, q_heads, queries)
+
+
+def _rows(layer: ClusteredKeys, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    if layer.scales is None:
+        return keys.double(), values.double()
+    return from_eight_bits(keys, *layer.scales[:2]).double(), from_eight_bits(values, *layer.scales[2:]).double()
 
 
 def list_to_mask(entries: Tensor, counts: Tensor, width: int, tokens: int) -> Tensor:
