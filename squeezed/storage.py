@@ -45,8 +45,9 @@ def to_eight_bits(layer: ClusteredKeys, keys_too: bool) -> ClusteredKeys:
     if keys_too:
         keys, values = layer.keys[:, : layer.clustered], layer.values[:, : layer.clustered]
     else:
-        keys = finest.centroids
-        values = layer.values[:, : layer.clustered] if finest.values is None else finest.values
+        keys = _without_padding(finest.centroids, finest.sizes)
+        clustered = layer.values[:, : layer.clustered]
+        values = clustered if finest.values is None else _without_padding(finest.values, finest.sizes)
     scales = ChannelScales(*_scale_and_centre(keys), *_scale_and_centre(values))
     levels = tuple(_level(level, scales) for level in layer.levels)
     if not keys_too:
@@ -64,6 +65,11 @@ def to_eight_bits(layer: ClusteredKeys, keys_too: bool) -> ClusteredKeys:
 def _level(level: ClusterLevel, scales: ChannelScales) -> ClusterLevel:
     values = None if level.values is None else _stored(level.values, *scales[2:])
     return replace(level, centroids=_stored(level.centroids, *scales[:2]), values=values)
+
+
+def _without_padding(rows: Tensor, sizes: Tensor) -> Tensor:
+    """Padding is 0, which may lie far outside a channel's range: the first cluster takes its place."""
+    return torch.where((sizes > 0).unsqueeze(-1), rows, rows[:, :1])
 
 
 def _run_means(rows: Tensor, sizes: Tensor) -> Tensor:

@@ -40,7 +40,8 @@ def test_the_layout_holds_every_key_once_and_levels_nest(levels: int, sinks: int
     keys = keys_with_structure()
     keys[1, sinks:520] = keys[1, 5:6]  # a head with a single distinct key: one cluster must remain, none empty
     values = torch.randn(keys.shape)
-    made = cluster_layer(keys, values, BuildConfig(clusters=0.2, levels=levels, window=100, sinks=sinks))
+    config = BuildConfig(clusters=0.2, levels=levels, window=100, sinks=sinks, centroid_bits=16)
+    made = cluster_layer(keys, values, config)
     assert made.clustered == TOKENS - 100 - sinks
     for head in range(HEADS):
         positions = made.positions[head].long()
@@ -62,6 +63,9 @@ def test_the_layout_holds_every_key_once_and_levels_nest(levels: int, sinks: int
                 expected = made.keys[head, first:last].mean(0)
                 torch.testing.assert_close(level.centroids[head, cluster], expected, rtol=1e-4, atol=1e-5)
                 assert level.spread is not None
+                assert level.values is not None
+                mean_value = made.values[head, first:last].mean(0)
+                torch.testing.assert_close(level.values[head, cluster], mean_value, rtol=1e-4, atol=1e-5)
                 variance = (made.keys[head, first:last] - expected).square().mean()
                 torch.testing.assert_close(level.spread[head, cluster], variance, rtol=1e-3, atol=1e-6)
                 first = last

@@ -142,13 +142,28 @@ def test_with_one_key_per_cluster_stand_ins_make_any_selection_dense() -> None:
         torch.testing.assert_close(lse, dense_lse)
 
 
+def reference_means(keys: Tensor, level: ClusterLevel) -> Tensor:
+    """Mean key of each cluster of one level, zeros for padding."""
+    means = torch.zeros(level.shape)
+    for head, cluster in (level.sizes > 0).nonzero().tolist():
+        means[head, cluster] = keys[head, level.offsets[head, cluster] : level.offsets[head, cluster + 1]].mean(0)
+    return means
+
+
 def test_eight_bits_keep_attention_where_channels_have_large_constants_and_sinks_lie_far_off() -> None:
     case = Case(clusters=80, q_heads=4, head_dim=64, seed=9)
     layer, query = make_layer(case), make_query(case)
     generator = torch.Generator().manual_seed(1)
     keys = layer.keys + 40 * torch.randn(case.kv_heads, 1, case.head_dim, generator=generator)
     keys[:, layer.clustered : layer.clustered + 4] *= -5
-    plain = replace(layer, keys=keys)
+    centroids = reference_means(keys, layer.levels[0])
+    plain = add_centroid_values(replace(layer, keys=keys, levels=(replace(layer.levels[0], centroids=centroids),)))
+    scale, centre = to_eight_bits(plain, keys_too=False).scales[:2]  # type: ignore[index]
+    # Heads differ in their number of clusters; padding must not widen the range that 8 bits have to hold.
+    valid = plain.levels[0].sizes[1] > 0
+    low, high = centroids[1, valid].amin(0), centroids[1, valid].amax(0)
+    torch.testing.assert_close(scale[1] * 254, high - low)
+    torch.testing.assert_close(centre[1], (high + low) / 2)
     packed = to_eight_bits(plain, keys_too=True)
     assert packed.keys.dtype == torch.int8
     dense = chain.attend_fixed(reference, query, plain, None, layer.tokens, SCALE)[0]
