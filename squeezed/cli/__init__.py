@@ -36,7 +36,7 @@ messages = Console(stderr=True)
 
 def main() -> None:
     """Entry point: 0 on success, 2 and one line on bad usage or bad input."""
-    from squeezed.cli import ask, bench, build, inspect, roofline  # noqa: F401  (each registers its command)
+    from squeezed.cli import ask, bench, build, compare, eval, inspect, roofline  # noqa: F401  (each registers its command)
 
     signal.signal(signal.SIGTERM, _interrupt)
     try:

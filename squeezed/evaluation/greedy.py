@@ -189,7 +189,7 @@ class _Batch:
             read = torch.stack([layer.ours_bytes(row) for layer in self.cache.scored_layers]).sum(0)
             # Every pass recorded all tokens fed; only those that were accepted belong to the answer.
             valid, at = [], 0
-            for rows, width, taken in self.fed:
+            for _, width, taken in self.fed:
                 if row in taken:
                     valid.append(read[at : at + taken[row]])
                     at += width

@@ -86,6 +86,7 @@ class RowsLayer(DynamicLayer):
     def __init__(self, place: Place, rows: int, capacity: int) -> None:
         super().__init__()
         self.place, self.rows, self.capacity = place, rows, capacity
+        self.is_initialized = False
         self.queries: Tensor | None = None
 
     def update(

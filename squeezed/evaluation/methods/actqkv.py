@@ -32,8 +32,8 @@ class ProbedPages(NamedTuple):
 
 @dataclass(frozen=True)
 class ActQKV(Method):
-    """Pages of keys are looked up not with the token's own query but with a probe query: the recent queries, weighted by
-    their activation bias, how far each lies from their mean; so anchor tokens count most. Layers whose attention is
+    """Pages of keys are looked up not with the token's own query but with a probe query: the recent queries, weighted
+    by their activation bias, how far each lies from their mean; so anchor tokens count most. Layers whose attention is
     spread over more pages get more of the budget (Xiao et al. 2025, arXiv 2502.13542).
 
     Made from the paper's description: bias is the squared distance to the mean in units of the variance, weights are

@@ -59,8 +59,8 @@ class LayerContext:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one key, or one value, of one KV head."""
-        return self.keys.shape[-1] * self.keys.element_size()
+        """Bytes of one key, or one value, of one KV head; counted in 16 bits whatever the model runs in."""
+        return 2 * self.keys.shape[-1]
 
     @property
     def full_bytes(self) -> int:

@@ -10,7 +10,7 @@ _SIMILARITIES = 2**26
 
 def spherical_kmeans(keys: Tensor, clusters: int, iterations: int = 10) -> Tensor:
     """Labels [H, n] of keys [H, n, D]: Lloyd's algorithm by cosine, from evenly spaced keys."""
-    heads, n, dim = keys.shape
+    _, n, dim = keys.shape
     rows = torch.nn.functional.normalize(keys.float(), dim=-1)
     centres = rows[:, torch.linspace(0, n - 1, clusters, device=keys.device).long()]
     labels = _nearest(rows, centres)

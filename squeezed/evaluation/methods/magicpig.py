@@ -36,8 +36,8 @@ class Tables(NamedTuple):
 
 @dataclass(frozen=True)
 class MagicPig(Method):
-    """SimHash with `bits` bits in each of `tables` tables, keys centred. A key is sampled if its bucket is the query's in
-    two tables or more; its weight is divided by the probability of that, 1 - (1-p^K)^L - L p^K (1-p^K)^(L-1) with
+    """SimHash with `bits` bits in each of `tables` tables, keys centred. A key is sampled if its bucket is the query's
+    in two tables or more; its weight is divided by the probability of that, 1 - (1-p^K)^L - L p^K (1-p^K)^(L-1) with
     p = 1 - angle / pi, which makes the sums of the softmax unbiased (Chen et al. 2024, arXiv 2410.16179).
 
     Every query head samples for itself; a KV head reads the union. Counted: the entries of the buckets looked at, 4

@@ -10,8 +10,8 @@ from squeezed.evaluation.methods.base import Asked, Choice, Method, keep_top
 
 @dataclass(frozen=True)
 class Oracle(Method):
-    """Per KV head the keys of highest exact attention weight, averaged over the heads of the group. It has to read every
-    key to choose; that is not counted, so it is a bound, not a method."""
+    """Per KV head the keys of highest exact attention weight, averaged over the heads of the group. It has to read
+    every key to choose; that is not counted, so it is a bound, not a method."""
 
     title: ClassVar[str] = "exact top-k (oracle)"
     paper: ClassVar[str] = "bound; no paper"

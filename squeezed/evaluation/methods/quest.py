@@ -34,8 +34,8 @@ class Quest(Method):
     """Per page of consecutive keys the element-wise minimum and maximum; a page's score is the highest logit that any
     key between them could have (Tang et al. 2024, arXiv 2406.10774). The highest pages are read whole.
 
-    The paper's models have one KV head per query head. Here the heads of a group share their pages, by the mean of their
-    softmaxes over pages, or `per_head` every query head takes its own and a KV head reads the union.
+    The paper's models have one KV head per query head. Here the heads of a group share their pages, by the mean of
+    their softmaxes over pages, or `per_head` every query head takes its own and a KV head reads the union.
 
     Attributes:
         page: keys per page, 16 in the paper; 0 takes larger pages where the bounds alone would eat half of the budget.

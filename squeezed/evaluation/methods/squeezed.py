@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,8 +20,8 @@ _GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.9
 class Squeezed(Method):
     """Hooper et al. 2024 (arXiv 2411.09688), and what this package adds to it: the preset and its options say which.
 
-    A budget becomes a sparsity: what is left after window and centroids, as the cache itself counts them, is kept. Where
-    the configuration leaves the number of clusters open, it follows the budget too, because centroids are part of it.
+    A budget becomes a sparsity: what is left after window and centroids, as the cache itself counts them, is kept.
+    Where the configuration leaves the number of clusters open, it follows the budget too: centroids are part of it.
 
     Attributes:
         config: how contexts are built.
@@ -30,7 +30,7 @@ class Squeezed(Method):
 
     title: ClassVar[str] = "Squeezed"
     paper: ClassVar[str] = "Hooper et al. 2024, arXiv 2411.09688"
-    config: BuildConfig = BuildConfig()
+    config: BuildConfig = field(default_factory=BuildConfig)
     name: str = "Squeezed (ours)"
 
     def settings(self, budget: float) -> BuildConfig:
@@ -75,6 +75,7 @@ def presets() -> dict[str, Squeezed]:
     return {
         "squeezed": Squeezed(best, "Squeezed (ours)"),
         "squeezed-2": Squeezed(replace(best, levels=2), "Squeezed, hierarchical (ours)"),
+        "squeezed-compact": Squeezed(PRESETS["compact"], "Squeezed, 8-bit keys (ours)"),
         "squeezed-paper": Squeezed(paper, "Squeezed (paper)"),
         "squeezed-paper-2": Squeezed(replace(paper, levels=2), "Squeezed, hierarchical (paper)"),
     }

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from squeezed.evaluation.methods.base import Asked, Choice, LayerContext, Method, keep_top, scaled_products
 
+_SIMILARITIES = (*(1 - 0.5 * 0.8**power for power in range(23, -1, -1)), 0.4, 0.3, 0.2, 0.1, 0.0, -0.2, -1.1)
+
 
 @dataclass(frozen=True)
 class TokenSelect(Method):
-    """Every head's softmax over all tokens is a soft vote; the tokens with most votes are read by all heads of the layer.
+    """Every head's softmax over all tokens is a soft vote; tokens with most votes are read by all heads of the layer.
     While the query stays similar to the one that chose, its selection is kept (Wu et al. 2024, arXiv 2411.02886).
 
     Choosing reads every key, half of the full KV, so the budget depends on how often a selection is reused.
@@ -34,8 +36,7 @@ class TokenSelect(Method):
         if settings > 0:
             return settings
         queries = layer.queries.transpose(0, 1).reshape(1, layer.queries.shape[1], -1)
-        candidates = [1 - 0.5 * 0.8**power for power in range(24)][::-1] + [0.4, 0.3, 0.2, 0.1, 0.0, -0.2, -1.1]
-        for similarity in candidates:
+        for similarity in _SIMILARITIES:
             if float(chosen_at(queries, similarity).float().mean()) <= -settings:
                 return similarity
         return -1.1
