@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from transformers import (
 from squeezed.attention import attached
 from squeezed.cache import SqueezedCache, Usage
 from squeezed.context import FixedContext, pad_left
+from squeezed.decode import loop
+from squeezed.decode.sampler import Sampling
 from squeezed.errors import InputError
 from squeezed.template import Message, common_prefix
 
@@ -51,13 +53,23 @@ class Decoding:
         if not 0 < self.top_p <= 1:
             raise InputError(f"top-p is {self.top_p}: expected above 0 and at most 1")
 
+    def sow(self) -> None:
+        """Seed torch's generator, if asked to."""
+        if self.seed is not None and self.temperature > 0:
+            torch.manual_seed(self.seed)
+
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for `generate`."""
         if self.temperature == 0:
             return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if self.seed is not None:
-            torch.manual_seed(self.seed)
+        self.sow()
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+
+    def sampling(self, model: PreTrainedModel, stops: Sequence[int], pad: int) -> Sampling:
+        """The same for our own steps, with what the model's own configuration adds."""
+        penalty = model.generation_config.repetition_penalty
+        top_p = self.top_p if self.temperature > 0 else 1.0
+        return Sampling(self.temperature, top_p, 1.0 if penalty is None else penalty, tuple(stops), pad)
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,9 @@ class Answer:
         tokens: number of generated tokens.
         prefill, decode: what the question's and the generated tokens read of the fixed context. In a batch a short
             answer goes on reading until the longest has ended.
-        seconds: `first_token`, from the question to its first token; `generate`, the rest; `total`.
+        seconds: `first_token`, from the question to its first token; `generate`, the rest; `total`; on a GPU also
+            `setup`, preparing the steps, which later questions to the same context use again.
+        path: what generated it: `transformers`, or how a step runs, see :class:`squeezed.decode.step.DecodeStep`.
     """
 
     question: str
@@ -77,6 +91,7 @@ class Answer:
     prefill: Usage
     decode: Usage
     seconds: dict[str, float] = field(default_factory=dict)
+    path: str = "transformers"
 
     @property
     def kept_fraction(self) -> float:
@@ -98,6 +113,7 @@ class Answer:
             "kept_fraction_prefill": round(self.prefill.kept_fraction, 5),
             "kept_fraction_decode": round(self.decode.kept_fraction, 5) if self.tokens > 1 else None,
             "seconds": {name: round(value, 4) for name, value in self.seconds.items()},
+            "path": self.path,
         }
 
 
@@ -110,11 +126,15 @@ def ask(
     dense: bool = False,
     decoding: Decoding | None = None,
     on_text: OnText | None = None,
+    steps: loop.Steps | None = None,
+    adaptive: bool = True,
 ) -> list[Answer]:
     """Answer several questions at once, each as if alone, in a left-padded batch over the one context.
 
     Args:
         on_text: called with each new piece of the answer as it is generated; for a single question only.
+        steps: keeps what is captured on a GPU for the next call; generation on a CPU is transformers' own without it.
+        adaptive: on a GPU, attend to everything where selecting would take longer than it saves.
 
     Raises:
         InputError: an empty question, one that does not fit the model's positions, sparsity outside 0 to 1.
@@ -122,8 +142,8 @@ def ask(
     answers: dict[int, Answer] = {}
     for rows in _same_seam(tokenizer, context, questions):
         batch = [questions[row] for row in rows]
-        inputs = context.inputs(tokenizer, batch, sparsity, dense, model.device)
-        found, _ = _generate(model, tokenizer, context, batch, inputs, decoding or Decoding(), on_text)
+        inputs = context.inputs(tokenizer, batch, sparsity, dense, model.device, adaptive)
+        found, _ = _generate(model, tokenizer, context, batch, inputs, decoding or Decoding(), on_text, steps)
         answers |= zip(rows, found, strict=True)
     return [answers[row] for row in range(len(questions))]
 
@@ -153,9 +173,13 @@ class Conversation:
         sparsity: float = 0.9,
         dense: bool = False,
         decoding: Decoding | None = None,
+        steps: loop.Steps | None = None,
+        adaptive: bool = True,
     ) -> None:
         self.model, self.tokenizer, self.context = model, tokenizer, context
         self.sparsity, self.dense, self.decoding = sparsity, dense, decoding or Decoding()
+        self.adaptive = adaptive
+        self._steps = steps or (loop.Steps() if model.device.type == "cuda" else None)
         self.turns: list[Message] = []
         self._cache: SqueezedCache | None = None
         self._own: list[int] = []  # the tokens in the cache's own part
@@ -179,6 +203,7 @@ class Conversation:
             {**inputs, "past_key_values": cache},
             self.decoding,
             on_text,
+            self._steps,
             before,
         )
         # The last generated token was never fed back, so it is not in the cache.
@@ -190,7 +215,7 @@ class Conversation:
     def _continue(self, given_up: int, ids: list[int]) -> tuple[SqueezedCache, int]:
         """The cache cut back to the tokens that still agree, and their number; at least one token is left to feed."""
         if self._cache is None or given_up != self._given_up or any(layer.is_sliding for layer in self._cache.layers):
-            return self.context.cache(self.sparsity, self.dense, given_up), 0
+            return self.context.cache(self.sparsity, self.dense, given_up, self.adaptive), 0
         seen = min(common_prefix(self._own, ids), len(ids) - 1)
         if seen < len(self._own):
             for layer in self._cache.layers:
@@ -206,26 +231,22 @@ def _generate(
     inputs: dict[str, Any],
     decoding: Decoding,
     on_text: OnText | None,
+    steps: loop.Steps | None,
     before: tuple[Usage, Usage] | None = None,
 ) -> tuple[list[Answer], list[list[int]]]:
     cache: SqueezedCache = inputs["past_key_values"]
-    length = inputs["input_ids"].shape[1]
-    clock = _Clock()
-    start = time.perf_counter()
-    stops = _stop_tokens(model, tokenizer)
-    with torch.inference_mode(), attached(model):
-        output = model.generate(
-            **inputs,
-            **decoding.arguments(),
-            max_new_tokens=_new_tokens(model, context, questions, length + cache.get_seq_length(), decoding),
-            eos_token_id=stops or None,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0],
-            logits_processor=LogitsProcessorList([clock]),
-            streamer=_Streamer(tokenizer, on_text) if on_text and len(questions) == 1 else None,
-        )
-        generated = [_until_stop(row[length:].tolist(), stops) for row in output]
-    end = time.perf_counter()
-    seconds = {"first_token": clock.first - start, "generate": end - clock.first, "total": end - start}
+    used = inputs["input_ids"].shape[1] + cache.get_seq_length()
+    new_tokens = _new_tokens(model, context, questions, used, decoding)
+    streamer = _Streamer(tokenizer, on_text) if on_text and len(questions) == 1 else None
+    if steps is None and model.device.type == "cuda":
+        steps = loop.Steps()
+    unusual = loop.not_followed(model.generation_config)
+    if steps is None or unusual:
+        made = _by_transformers(model, tokenizer, inputs, decoding, new_tokens, streamer)
+        if steps is not None:
+            made = replace(made, path=f"transformers, for the model's {', '.join(unusual)}")
+    else:
+        made = _by_steps(model, tokenizer, inputs, decoding, new_tokens, streamer, steps)
     prefill, decode = cache.prefill_usage, cache.decode_usage
     if before is not None:
         prefill, decode = prefill - before[0], decode - before[1]
@@ -236,11 +257,67 @@ def _generate(
             tokens=len(tokens),
             prefill=prefill.question(row),
             decode=decode.question(row),
-            seconds=seconds,
+            seconds=made.seconds,
+            path=made.path,
         )
-        for row, (question, tokens) in enumerate(zip(questions, generated, strict=True))
+        for row, (question, tokens) in enumerate(zip(questions, made.tokens, strict=True))
     ]
-    return answers, generated
+    return answers, made.tokens
+
+
+def _by_transformers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: dict[str, Any],
+    decoding: Decoding,
+    new_tokens: int,
+    streamer: _Streamer | None,
+) -> loop.Generated:
+    """The model's own `generate`."""
+    clock = _Clock()
+    start = time.perf_counter()
+    stops = _stop_tokens(model, tokenizer)
+    with torch.inference_mode(), attached(model):
+        output = model.generate(
+            **inputs,
+            **decoding.arguments(),
+            max_new_tokens=new_tokens,
+            eos_token_id=stops or None,
+            pad_token_id=_pad_token(tokenizer, stops),
+            logits_processor=LogitsProcessorList([clock]),
+            streamer=streamer,
+        )
+        generated = [_until_stop(row[inputs["input_ids"].shape[1] :].tolist(), stops) for row in output]
+    end = time.perf_counter()
+    seconds = {"first_token": clock.first - start, "generate": end - clock.first, "total": end - start}
+    return loop.Generated(generated, seconds, "transformers")
+
+
+def _by_steps(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: dict[str, Any],
+    decoding: Decoding,
+    new_tokens: int,
+    streamer: _Streamer | None,
+    steps: loop.Steps,
+) -> loop.Generated:
+    """Our own loop of steps in fixed shapes."""
+    decoding.sow()
+    stops = _stop_tokens(model, tokenizer)
+    if streamer is not None:
+        streamer.put(inputs["input_ids"][0].cpu())  # which it skips
+    made = loop.generate(
+        model,
+        inputs,
+        decoding.sampling(model, stops, _pad_token(tokenizer, stops)),
+        new_tokens,
+        steps,
+        None if streamer is None else lambda token: streamer.put(torch.tensor([token])),
+    )
+    if streamer is not None:
+        streamer.end()
+    return replace(made, seconds={**made.seconds, "total": sum(made.seconds.values())})
 
 
 def timed_generate(
@@ -301,6 +378,10 @@ def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     found = model.generation_config.eos_token_id
     listed = found if isinstance(found, list) else [] if found is None else [found]
     return sorted({*listed, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
+
+
+def _pad_token(tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> int:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
 
 
 def _until_stop(tokens: list[int], stops: list[int]) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from squeezed import ops
-from squeezed.cache import FixedLayer, PrefillLayer, Read
+from squeezed.cache import FixedLayer, FixedSlidingLayer, PrefillLayer, Read
+from squeezed.decode import own
 from squeezed.masks import NAME
 from squeezed.models import attention_modules, plan_layers
+from squeezed.ops import dense
 
 _OWN_LOGITS = 2**25  # logits over own tokens held at once: 128 MB
 
@@ -35,6 +38,10 @@ def squeezed_attention(
     On a :class:`FixedLayer`, `key` and `value` hold the own tokens only; the fixed part comes with the layer. On any
     other cache it is plain scaled dot product attention, so a model may stay attached while it does other work.
     """
+    if isinstance(squeezed_layer, FixedLayer | FixedSlidingLayer) and squeezed_layer.own is not None:
+        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        output = attend_step(query, squeezed_layer, scale)
+        return output.view(query.shape[0], 1, query.shape[1], -1), None
     if not isinstance(squeezed_layer, FixedLayer):
         if isinstance(squeezed_layer, PrefillLayer):
             squeezed_layer.observe(query)
@@ -43,8 +50,7 @@ def squeezed_attention(
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     fixed = attend_fixed(query, squeezed_layer, real_tokens(attention_mask, query), scale)
-    own = attend_own(query, key, value, attention_mask, scale)
-    output, _ = ops.merge_attention([fixed, own])
+    output, _ = ops.merge_attention([fixed, attend_own(query, key, value, attention_mask, scale)])
     return output.to(query.dtype).transpose(1, 2).contiguous(), None
 
 
@@ -68,6 +74,8 @@ def attend_fixed(query: Tensor, layer: FixedLayer, real: list[slice] | None, sca
     if layer.observed is not None:
         layer.observed.append(query)
     queries, selection = query.shape[2], layer.selection
+    if dense.serves(query, layer.index.keys) and takes_everything(query, layer):
+        return _attend_block(query, layer, slice(None), layer.own_length > 1 and queries == 1, scale)
     if queries == 1 or (query.shape[0] == 1 and selection.block_of(queries, layer.index) == queries):
         return _attend_block(query, layer, slice(None), layer.own_length > 1 and queries == 1, scale)
     output = query.new_zeros(query.shape, dtype=torch.float32)
@@ -89,10 +97,71 @@ def attend_fixed(query: Tensor, layer: FixedLayer, real: list[slice] | None, sca
 
 def _attend_block(query: Tensor, layer: FixedLayer, rows: slice, decode: bool, scale: float) -> tuple[Tensor, Tensor]:
     """One selection for all M queries; `rows` (questions of the batch) and `decode` are for the record."""
-    thresholds = layer.selection.thresholds(query)
-    output, lse, kept = ops.attend_fixed(query, layer.index, thresholds, layer.window_end, scale)
-    layer.reads.append(Read(rows, decode, None if thresholds is None else kept, query.shape[0]))
+    output, lse, kept = _attend_once(query, layer, scale)
+    layer.reads.append(Read(rows, decode, kept, query.shape[0]))
     return output, lse
+
+
+def _attend_once(query: Tensor, layer: FixedLayer, scale: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Output, lse and what was kept, None if everything was attended without looking at centroids."""
+    index, end = layer.index, layer.window_end
+    if dense.serves(query, index.keys) and takes_everything(query, layer):
+        return *dense.attend_dense(query, index.keys, index.values, end, scale), None
+    thresholds = layer.selection.thresholds(query)
+    output, lse, kept = ops.attend_fixed(query, index, thresholds, end, scale)
+    return output, lse, None if thresholds is None else kept
+
+
+def takes_everything(query: Tensor, layer: FixedLayer) -> bool:
+    """Whether [B, Hq, M, D] attend to all keys: as asked, or because selecting would take longer than it saves."""
+    selection, index = layer.selection, layer.index
+    if selection.curves is None or selection.sparsity == 0:
+        return True
+    if not selection.adaptive or not ops.uses_triton(query):
+        return False
+    from squeezed.ops.triton.cost import AttentionShape, dense_microseconds, squeezed_microseconds
+
+    batch, q_heads, queries, dim = query.shape
+    block = selection.block_of(queries, index)
+    alone, calls = (queries, 1) if block == 1 else (1, -(-queries // block))
+    whole = AttentionShape(
+        batch=batch,
+        q_heads=q_heads,
+        kv_heads=index.keys.shape[0],
+        queries=queries,
+        head_dim=dim,
+        tokens=layer.window_end,
+        clusters=tuple(level.shape[1] for level in index.levels),
+        kept=1 - selection.sparsity,
+        key_bytes=index.keys.element_size(),
+    )
+    part = replace(whole, batch=batch * alone, queries=block)
+    return dense_microseconds(whole) <= calls * squeezed_microseconds(part)
+
+
+def attend_step(
+    query: Tensor,
+    layer: FixedLayer | FixedSlidingLayer,
+    scale: float,
+    rope: own.Rope | None = None,
+    soon: Tensor | None = None,
+) -> Tensor:
+    """Attention of one generated token per question, in fixed shapes and without a word from the device.
+
+    Args:
+        query: [B, Hq, 1, D]; the token's key and value were handed to `layer.own`.
+        scale: softmax scale.
+        rope, soon: see :func:`squeezed.decode.own.attend_own`.
+
+    Returns:
+        [B, Hq * D]
+    """
+    assert layer.own is not None
+    query, parts = own.attend_own(query, layer.own, scale, rope, soon)
+    if isinstance(layer, FixedSlidingLayer):
+        return own.join(parts, None, None, layer.own, query)
+    output, lse, kept = _attend_once(query, layer, scale)
+    return own.join(parts, (output, lse), kept, layer.own, query)
 
 
 def attend_own(
@@ -131,7 +200,7 @@ def _hand_over_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     cache = kwargs.get("past_key_values")
     if cache is not None and module.layer_idx < len(cache.layers):
         layer = cache.layers[module.layer_idx]
-        if isinstance(layer, FixedLayer | PrefillLayer):
+        if isinstance(layer, FixedLayer | FixedSlidingLayer | PrefillLayer):
             kwargs["squeezed_layer"] = layer
     return args, kwargs
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from squeezed.calibration import ThresholdCurves
+from squeezed.decode.own import OwnTokens
 from squeezed.ops.layout import ClusteredKeys
 
 
@@ -62,12 +63,14 @@ class Read(NamedTuple):
         decode: a generated token, otherwise part of a question.
         kept: [levels, B, Hk], see `squeezed.ops.attend_fixed`; None if everything was attended.
         batch: number of selections, one per question or query.
+        steps: selections of each question that `kept` is the sum of.
     """
 
     rows: slice
     decode: bool
     kept: Tensor | None
     batch: int
+    steps: int = 1
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Selection:
     sparsity: float = 0.0
     block: int = 256
     alone: int = 2**20
+    adaptive: bool = False
     _on_device: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def block_of(self, queries: int, index: ClusteredKeys) -> int:
@@ -119,6 +123,7 @@ class FixedLayer(DynamicLayer):
         window_end: fixed tokens in use, N less those that tokenise differently before this question.
         reads: what was read so far.
         observed: when a list, the queries [B, Hq, M, D] that come by are appended to it.
+        own: the own tokens while decoding in steps of a fixed shape; otherwise they are in `keys` and `values`.
     """
 
     index: ClusteredKeys
@@ -126,6 +131,7 @@ class FixedLayer(DynamicLayer):
     window_end: int
     reads: list[Read] = field(default_factory=list)
     observed: list[Tensor] | None = None
+    own: OwnTokens | None = None
 
     def usage(self, decode: bool | None = None) -> Usage:
         """Sum of what generated tokens have read, or a question's own, or both."""
@@ -133,21 +139,20 @@ class FixedLayer(DynamicLayer):
         if not reads:
             return Usage()
         index = self.index
-        kv_heads, _, dim = index.keys.shape
-        row_bytes = dim * index.keys.element_size()
-        centroid_bytes = row_bytes if index.levels[0].spread is None else row_bytes + 4
+        kv_heads = index.keys.shape[0]
         coarsest = int((index.levels[-1].sizes > 0).sum())
         batch = max(read.batch if read.rows == slice(None) else read.rows.stop for read in reads)
         kept, looked_at, blocks = (torch.zeros(batch, dtype=torch.float64) for _ in range(3))
         for read in reads:
             # Several selections of one question add up; otherwise there is one for each question.
             single = read.rows != slice(None)
-            blocks[read.rows] += read.batch if single else 1
+            selections = read.batch if single else read.steps
+            blocks[read.rows] += selections
             if read.kept is None:
-                kept[read.rows] += kv_heads * index.clustered * (read.batch if single else 1)
+                kept[read.rows] += kv_heads * index.clustered * selections
                 continue
             counts = read.kept.sum(-1).double().cpu()  # [levels, selections]
-            seen = coarsest + counts[1:].sum(0)
+            seen = read.steps * coarsest + counts[1:].sum(0)
             kept[read.rows] += counts[0].sum() if single else counts[0]
             looked_at[read.rows] += seen.sum() if single else seen
         offered = blocks * (kv_heads * index.clustered)
@@ -155,12 +160,17 @@ class FixedLayer(DynamicLayer):
         return Usage(
             kept=kept,
             offered=offered,
-            bytes_read=2 * (kept + window) * row_bytes + looked_at * centroid_bytes,
-            bytes_full=2 * (offered + window) * row_bytes,
+            bytes_read=kept * index.key_bytes + window * index.full_bytes + looked_at * index.centroid_bytes,
+            bytes_full=(offered + window) * index.full_bytes,
         )
 
     def __post_init__(self) -> None:
         super().__init__()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.own is not None:
+            return self.own.hold(key_states, value_states)
+        return super().update(key_states, value_states, *args, **kwargs)
 
     @property
     def own_length(self) -> int:
@@ -192,6 +202,7 @@ class FixedSlidingLayer(DynamicSlidingWindowLayer):
         super().__init__(sliding_window=sliding_window)
         self._tail = (keys.unsqueeze(0), values.unsqueeze(0))
         self.cumulative_length = fixed_tokens
+        self.own: OwnTokens | None = None  # as in FixedLayer; the tail is part of it
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
@@ -203,6 +214,8 @@ class FixedSlidingLayer(DynamicSlidingWindowLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
+        if self.own is not None:
+            return self.own.hold(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.cumulative_length += key_states.shape[-2]

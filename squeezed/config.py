@@ -26,7 +26,8 @@ class BuildConfig:
         sinks: first tokens that are treated likewise. Models park attention on them (StreamingLLM, arXiv 2309.17453),
             and as members of a cluster they are missed: leaving them out of the clusters took the error of SmolLM2's
             attention output at sparsity 0.9 from 0.64 to 0.12. The paper has none.
-        second_order: score clusters by their spread too, at one more number per cluster. Not in the paper.
+        second_order: score clusters by their spread too, at one more number per cluster, see `second_order`. Not in the
+            paper.
         compensate: keep each cluster's mean value, and let it stand in for the keys of clusters that are left out
             (Multipole Attention, arXiv 2506.13059). On SmolLM2 that takes 40% off the error of the attention output.
         centroid_bits: 8, or 16 for centroids and their values in the model's own dtype.

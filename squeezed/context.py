@@ -21,6 +21,7 @@ from squeezed.errors import InputError
 from squeezed.models import attention_modules, max_positions, model_identity, rope_switch, tokenizer_identity
 from squeezed.ops.layout import ClusteredKeys
 from squeezed.prefill import PrefilledLayer, prefill
+from squeezed.second_order import fit_spread
 from squeezed.text import Part, locate_parts, read_files
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -150,7 +151,8 @@ class FixedContext:
             if layer.queries is None:
                 layers.append(SlidingTail(layer.keys.clone(), layer.values.clone(), layer.sliding_window or 0))
             else:
-                layers.append(cluster_layer(layer.keys, layer.values, config))
+                clustered = cluster_layer(layer.keys, layer.values, config)
+                layers.append(fit_spread(clustered, layer.queries, _scale(modules[i])))
                 queries.append(layer.queries)
             on_progress("cluster", i + 1, len(modules))
         squeezed = [layer for layer in layers if isinstance(layer, ClusteredKeys)]

@@ -29,6 +29,9 @@ def ask(
     temperature: Annotated[float, typer.Option(help="0 is greedy; above it samples.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus to sample from.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
+    adaptive: Annotated[
+        bool, typer.Option(help="On a GPU, read every key where selecting would take longer than it saves.")
+    ] = True,
     verify: Annotated[bool, typer.Option(help="Compare checksums before answering.")] = True,
     device: Device = "auto",
     dtype: DType = "auto",
@@ -38,6 +41,7 @@ def ask(
     from squeezed.artifact import load as load_context
     from squeezed.artifact import read_manifest
     from squeezed.config import check_sparsity
+    from squeezed.decode.loop import Steps
     from squeezed.errors import InputError
 
     check_sparsity(sparsity)
@@ -63,20 +67,21 @@ def ask(
             output.print(f"[dim]{_cost(result)}[/dim]")
 
     stream = None if as_json else _write
+    steps = Steps() if lm.device.type == "cuda" else None
     if batch and questions:
-        for result in answer.ask(lm, tokenizer, fixed, questions, sparsity, dense, decoding):
+        for result in answer.ask(lm, tokenizer, fixed, questions, sparsity, dense, decoding, None, steps, adaptive):
             if not as_json:
                 output.print(f"[bold]{result.question}[/bold]\n{result.text}", highlight=False)
             show(result)
         return
-    conversation = answer.Conversation(lm, tokenizer, fixed, sparsity, dense, decoding)
+    conversation = answer.Conversation(lm, tokenizer, fixed, sparsity, dense, decoding, steps, adaptive)
     for question in questions or _typed():
         if not as_json and questions:
             output.print(question, style="bold", markup=False, highlight=False)
         if follow_up or not questions:
             result = conversation.ask(question, stream)
         else:
-            result = answer.ask(lm, tokenizer, fixed, [question], sparsity, dense, decoding, stream)[0]
+            (result,) = answer.ask(lm, tokenizer, fixed, [question], sparsity, dense, decoding, stream, steps, adaptive)
         if not as_json:
             print()
         show(result)
@@ -102,10 +107,13 @@ def _typed() -> Any:
 
 def _cost(result: Any) -> str:
     seconds = result.seconds
-    return (
+    cost = (
         f"kept {result.kept_fraction:.1%} of the keys, KV budget {result.kv_budget:.3f}, "
         f"first token {seconds['first_token']:.2f} s, {result.tokens} tokens in {seconds['total']:.2f} s"
     )
+    if result.path != "transformers" and not result.path.endswith("graph"):
+        cost += f"; no CUDA graph: {result.path}"
+    return cost
 
 
 @app.command()

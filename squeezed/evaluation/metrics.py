@@ -17,6 +17,8 @@ _CONTROL = re.compile(r"[\x00-\x1f]")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _NUMBER = re.compile(r"\d+")
+_WORD = re.compile(r"[^\W_]+(?:[.,'-][^\W_]+)*")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
 def string_match_all(prediction: str, sample: Sample) -> float:
@@ -29,6 +31,16 @@ def string_match_part(prediction: str, sample: Sample) -> float:
     """1 if any of the answers occurs in the prediction, whatever the case (RULER's QA)."""
     text = _printable(prediction)
     return float(any(answer.lower() in text for answer in sample.answers))
+
+
+def short_answer(prediction: str, sample: Sample) -> float:
+    """1 if the words of any answer stand together in the prediction, 38,000 and 38000 alike (PreFixQA, ours).
+
+    Whole words count, so that 16 is not found in 1964. Answers are kept short by `max_new_tokens`: no prediction has
+    room to list what is in the text.
+    """
+    said = f" {' '.join(plain_words(prediction))} "
+    return float(any(f" {' '.join(plain_words(answer))} " in said for answer in sample.answers))
 
 
 def qa_f1(prediction: str, sample: Sample) -> float:
@@ -83,6 +95,7 @@ def on_first_line(metric: Metric) -> Metric:
 METRICS: dict[str, Metric] = {
     "string_match_all": string_match_all,
     "string_match_part": string_match_part,
+    "short_answer": short_answer,
     "qa_f1": qa_f1,
     "qa_f1_first_line": on_first_line(qa_f1),
     "rouge_l": rouge_l,
@@ -91,6 +104,11 @@ METRICS: dict[str, Metric] = {
     "retrieval": retrieval,
     "code_similarity": code_similarity,
 }
+
+
+def plain_words(text: str) -> list[str]:
+    """Words and numbers in lower case, without the commas of thousands; what is inside a word stays, as in `it's`."""
+    return [_THOUSANDS.sub("", word) for word in _WORD.findall(text.lower().replace("’", "'"))]
 
 
 def normalized(text: str) -> str:

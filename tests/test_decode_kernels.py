@@ -1,0 +1,184 @@
+"""The GPU kernels of a decode step compute what its plain version does: interpreted, or on a CUDA device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+pytest.importorskip("triton")
+
+from squeezed.answer import Decoding, ask
+from squeezed.context import FixedContext
+from squeezed.decode import fused, loop, own, own_triton
+from squeezed.decode.linear_triton import Norm, Tiling, gated, project
+from squeezed.decode.step import DecodeStep
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def on_device(function):
+    """In the interpreter, or on a CUDA device."""
+    if INTERPRETED:
+        return function
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(function))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs() -> Iterator[None]:
+    """Memory that an operation allocates starts as NaN, or as a huge integer."""
+    previous = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(previous)
+
+
+@dataclass(frozen=True)
+class Case:
+    lengths: tuple[int, ...]
+    kv_heads: int = 2
+    group: int = 2
+    head_dim: int = 32
+    capacity: int = 64
+    window: int | None = None
+    dtype: torch.dtype = torch.float32
+    rope: bool = False
+    norm: bool = False
+    levels: int = 1
+
+
+CASES = [
+    Case((5,)),
+    Case((0,), rope=True),
+    Case((0, 200, 31), group=3, head_dim=16, capacity=300, rope=True, norm=True, levels=3),
+    Case((250, 290), kv_heads=1, group=1, head_dim=64, capacity=300, window=20, rope=True),
+    Case((130, 1), group=4, head_dim=128, capacity=256, dtype=torch.float16, rope=True, norm=True, levels=2),
+    Case((599,), group=9, head_dim=16, capacity=600, window=50),
+]
+LARGE = [
+    Case((1000, 3000), kv_heads=8, group=4, head_dim=128, capacity=4096, dtype=torch.bfloat16, rope=True),
+    Case((700,), kv_heads=32, group=1, head_dim=64, capacity=1024, dtype=torch.float16, norm=True, rope=True),
+    Case((2000,), kv_heads=1, group=16, head_dim=256, capacity=2048, dtype=torch.bfloat16, window=1024),
+]
+
+
+def assert_same(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert found.shape == expected.shape
+    assert tiny.relative_error(found, expected) < tolerance
+
+
+@on_device
+@pytest.mark.parametrize("case", CASES if INTERPRETED else CASES + LARGE, ids=str)
+def test_appending_rotating_attending_and_joining(case: Case) -> None:
+    torch.manual_seed(torch.seed() % 2**31)
+    batch, tolerance = len(case.lengths), TOLERANCE[case.dtype]
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=DEVICE).to(case.dtype)
+
+    keys, values = (draw(batch, case.kv_heads, case.capacity, case.head_dim) for _ in range(2))
+    # As a model leaves them: heads side by side in memory.
+    query = draw(batch, 1, case.kv_heads * case.group, case.head_dim).transpose(1, 2)
+    key, value = (draw(batch, 1, case.kv_heads, case.head_dim).transpose(1, 2) for _ in range(2))
+    angle = torch.rand(batch, case.head_dim, device=DEVICE) * 6
+    norms = [draw(case.head_dim).abs() + 0.5 if case.norm else None for _ in range(2)]
+    rope = own.Rope(angle.cos().to(case.dtype), angle.sin().to(case.dtype), *norms, 1e-6) if case.rope else None
+    fixed = (
+        torch.randn(batch, query.shape[1], 1, case.head_dim, device=DEVICE),
+        draw(batch, query.shape[1], 1).float(),
+    )
+    kept = torch.randint(0, 99, (case.levels, batch, case.kv_heads), dtype=torch.int32, device=DEVICE)
+    found = []
+    for attend, join in ((own_triton.attend_own, own_triton.join), (_plain(own.attend_own), _plain(own.join))):
+        mine = own.OwnTokens(
+            keys.clone(),
+            values.clone(),
+            torch.tensor(case.lengths, dtype=torch.int32, device=DEVICE),
+            case.window,
+            torch.full((case.levels, batch), 3, device=DEVICE),
+            torch.ones(1, dtype=torch.int64, device=DEVICE),
+        )
+        results = []
+        for parts_of in (fixed, None):
+            mine.hold(key, value)
+            rotated, parts = attend(query, mine, 0.3, rope)
+            results += [rotated, join(parts, parts_of, None if parts_of is None else kept, mine, query)]
+        found.append([*results, mine.keys, mine.values, mine.kept])
+    for ours, expected in zip(*found, strict=True):
+        assert_same(ours, expected, tolerance)
+
+
+def _plain(function):
+    """The same function without its kernels, on any device."""
+
+    def call(*args):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(own.ops, "uses_triton", lambda tensor: False)
+            return function(*args)
+
+    return call
+
+
+@on_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])])
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(48, 96), (64, 256), (100, 300), *([] if INTERPRETED else [(4096, 2048)])]
+)
+@pytest.mark.parametrize("tiling", [None, Tiling(8, 128)])
+def test_products_with_norms_biases_and_residuals(
+    rows: int, columns: int, dtype: torch.dtype, tiling: Tiling | None
+) -> None:
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=DEVICE).to(dtype)
+
+    x, residual = draw(columns), draw(rows)
+    norm = Norm(draw(columns).abs() + 0.5, 1e-5)
+    wide = x.double()
+    normed = wide * torch.rsqrt(wide.square().mean() + 1e-5) * norm.weight.double()
+    weights, biases = ([draw(size, *rest) for size in (rows, 16, 16)] for rest in ((columns,), ()))
+    tolerance = TOLERANCE[dtype]
+    one = project(x, weights[:1], residual=residual, tiling=tiling)
+    assert_same(one, weights[0].double() @ wide + residual.double(), tolerance)
+    if rows % 16 == 0:
+        three = project(x, weights, biases, norm, tiling=tiling)
+        assert_same(three, torch.cat(weights).double() @ normed + torch.cat(biases).double(), tolerance)
+    up = draw(rows, columns)
+    both = gated(x, weights[0], up, norm, tiling)
+    assert_same(both, silu(weights[0].double() @ normed) * (up.double() @ normed), 2 * tolerance)
+
+
+@on_device
+@pytest.mark.parametrize("family", ["qwen2-bias", *([] if INTERPRETED else ["llama", "qwen3-norm-128", "mistral-64"])])
+def test_a_fused_layer_computes_what_the_models_own_does(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, model = tiny.tokenizer(), tiny.model(family)
+    context = FixedContext.from_text(model, tokenizer, tiny.text(), tiny.BUILD)
+    short, paths = Decoding(4 if INTERPRETED else 16), []
+    expected = ask(model, tokenizer, context, tiny.QUESTIONS[1:2], 0.7, decoding=short)
+
+    def prepare(step: DecodeStep) -> None:
+        assert fused.why_not(step.model, step.cache.layers, 1) is None
+        step._fused = step._checked_fused(step._state())
+        paths.append(step._fused)
+
+    monkeypatch.setattr(DecodeStep, "prepare", prepare)
+    model, context = model.to(DEVICE), context.to(DEVICE)
+    steps = loop.Steps()
+    found = ask(model, tokenizer, context, tiny.QUESTIONS[1:2], 0.7, False, short, None, steps, adaptive=False)
+    assert paths[0] is not None
+    assert found[0].text == expected[0].text
+    assert found[0].kv_budget == pytest.approx(expected[0].kv_budget, rel=1e-3)
+
+
+def test_other_models_are_not_fused_and_say_why() -> None:
+    assert fused.why_not(tiny.model("granite"), [], 1) == "granite is not among llama, mistral, qwen2, qwen3"
+    assert fused.why_not(tiny.model("llama"), [], 3) == "a batch of 3"
+    assert fused.why_not(tiny.model("llama", hidden_act="gelu"), [], 1) == "activation GELUActivation"
