@@ -251,18 +251,21 @@ class FixedContext:
                 "the context was built with another tokenizer; load the one it was built with, or build it again"
             )
 
-    def cache(self, sparsity: float = 0.9, dense: bool = False, given_up: int = 0) -> SqueezedCache:
+    def cache(
+        self, sparsity: float = 0.9, dense: bool = False, given_up: int = 0, adaptive: bool = False
+    ) -> SqueezedCache:
         """A fresh cache for one question, or a batch of them, for the model's own `generate`.
 
         Args:
             sparsity: share of the clustered keys to leave out, 0 to 1.
             dense: attend to everything without looking at centroids.
             given_up: last fixed tokens not to use, see :meth:`inputs`.
+            adaptive: on a GPU, attend to everything where selecting would take longer than it saves.
 
         Raises:
             InputError: sparsity outside 0 to 1.
         """
-        selection = Selection(None if dense else self.curves, check_sparsity(sparsity))
+        selection = Selection(None if dense else self.curves, check_sparsity(sparsity), adaptive=adaptive)
         end = self.tokens - given_up
         layers: list[FixedLayer | FixedSlidingLayer] = []
         for layer in self.layers:
@@ -305,6 +308,7 @@ class FixedContext:
         sparsity: float = 0.9,
         dense: bool = False,
         device: torch.device | str = "cpu",
+        adaptive: bool = False,
     ) -> dict[str, Any]:
         """Keyword arguments for `generate`: input_ids [B, L], attention_mask [B, fixed + L], past_key_values.
 
@@ -315,7 +319,7 @@ class FixedContext:
         given_up, ids = self.encode(tokenizer, [[{"role": "user", "content": q}] for q in questions])
         return {
             **pad_left(ids, self.tokens - given_up, tokenizer, device),
-            "past_key_values": self.cache(sparsity, dense, given_up),
+            "past_key_values": self.cache(sparsity, dense, given_up, adaptive),
         }
 
     def room(self, model: PreTrainedModel) -> int | None:
