@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from squeezed.errors import InputError
+from squeezed.text import read_files
 
 TEXT_SUFFIXES = (".md", ".txt", ".rst", ".markdown", ".text")
+ESSAYS = "PaulGrahamEssays.json"  # RULER's, {"text": all essays in one string}
+_MONTH = "January|February|March|April|May|June|July|August|September|October|November|December"
+_DATED = re.compile(rf"((?:{_MONTH}) \d{{4}})(?=[A-Z(\"])")  # January 2015Corporate
+_JOINED = re.compile(
+    r"(?:(?<=[a-z\d)\]][.!?])|(?<=[A-Z]{2}[.!?])|(?<=\w[.!?][\"')]))"  # the end of a sentence, and then
+    r"(?=[A-Z(\"]|(?:Notes?)?\[\d+\]\s?[A-Z])"  # the next at once: mistakes.If, compass.[5] Donald
+)
 
 
 def folder(data: Path | None, needs: str) -> Path:
@@ -68,18 +77,35 @@ def text_files(data: Path) -> list[Path]:
     """
     if data.is_file():
         return [data]
-    found = sorted(path for path in data.rglob("*") if path.suffix.lower() in TEXT_SUFFIXES and path.is_file())
+    found = sorted(
+        path
+        for path in data.rglob("*")
+        if path.is_file() and (path.suffix.lower() in TEXT_SUFFIXES or path.name == ESSAYS)
+    )
     if not found:
         raise InputError(f"{data} has no text files; expected some that end in {', '.join(TEXT_SUFFIXES)}")
     return found
 
 
 def read_text(path: Path) -> str:
-    """A text file's content, ends stripped.
+    """A text file's content, ends stripped; RULER's essays with their paragraphs apart again.
 
     Raises:
         InputError: a file that does not exist, is empty or is not UTF-8.
     """
-    from squeezed.text import read_files
-
+    if path.name == ESSAYS:
+        return _JOINED.sub("\n\n", _DATED.sub(r"\1\n\n", read_essays(path)))
     return read_files([path])[0]
+
+
+def read_essays(path: Path) -> str:
+    """RULER's essays as they are.
+
+    Raises:
+        InputError: a file that does not exist or has no text.
+    """
+    content = read_json(path)
+    text = content.get("text") if isinstance(content, dict) else None
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f"{path} has no text; expected an object with the key 'text'")
+    return text

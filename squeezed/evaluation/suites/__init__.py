@@ -3,10 +3,11 @@
 from squeezed.errors import InputError
 from squeezed.evaluation.suites.base import Suite, SuiteOptions, token_functions
 from squeezed.evaluation.suites.longbench import LONGBENCH
+from squeezed.evaluation.suites.prefixqa import PREFIXQA
 from squeezed.evaluation.suites.ruler import RULER
 from squeezed.evaluation.suites.shared import SHARED
 
-SUITES: dict[str, Suite] = {suite.name: suite for suite in (RULER, LONGBENCH, SHARED)}
+SUITES: dict[str, Suite] = {suite.name: suite for suite in (RULER, LONGBENCH, PREFIXQA, SHARED)}
 
 
 def find_suite(name: str) -> Suite:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from squeezed.errors import InputError
 from squeezed.evaluation import data
 from squeezed.evaluation.sample import Sample
 from squeezed.evaluation.suites import words
@@ -122,8 +121,4 @@ def essay_words(folder: Path, size: int) -> list[str]:
 
 @lru_cache(maxsize=2)
 def _essays(folder: Path) -> list[str]:
-    content = data.read_json(folder / "PaulGrahamEssays.json")
-    text = content.get("text") if isinstance(content, dict) else None
-    if not isinstance(text, str) or not text.strip():
-        raise InputError(f"{folder / 'PaulGrahamEssays.json'} has no text; expected an object with the key 'text'")
-    return text.split()
+    return data.read_essays(folder / data.ESSAYS).split()

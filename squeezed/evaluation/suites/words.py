@@ -8,6 +8,17 @@ from functools import cache
 
 from squeezed.errors import InputError
 
+_UNITS = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+)  # fmt: skip
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+NUMBER_WORDS = {word: value for value, word in enumerate(_UNITS)} | {
+    f"{ten}-{one}" if unit else ten: 20 + 10 * place + unit
+    for place, ten in enumerate(_TENS)
+    for unit, one in enumerate(_UNITS[:10])
+}
+
 
 @cache
 def nouns() -> tuple[str, ...]:
