@@ -21,12 +21,12 @@ from squeezed.ops.layout import ClusteredKeys
 from squeezed.ops.triton import attend, attend_fixed, merge_attention
 from squeezed.ops.triton import device as dev
 from squeezed.ops.triton.chain import select_keys
-from squeezed.ops.triton.eight_bit import to_eight_bits
 from squeezed.ops.triton.score import score_few_rows
 from squeezed.ops.triton.score_many import score_many_rows
 from tests.ops.cases import (
     Case,
     judge,
+    judge_whole,
     list_to_mask,
     make_layer,
     make_query,
@@ -146,7 +146,7 @@ def test_the_work_list_names_each_kept_key_once(case: Case) -> None:
     for width in (1, 8):
         narrow = replace(config, width=width)
         spreads = [level.spread for level in layer.levels] if case.second_order else None
-        work = select_keys(grouped, *parts, layer.clustered, thresholds, window, scale, narrow, spreads=spreads)
+        work, _ = select_keys(grouped, *parts, layer.clustered, thresholds, window, scale, narrow, spreads=spreads)
         times = list_to_mask(work.entries.cpu(), work.counts.cpu(), width, layer.tokens)
         selected = reference_selection(query, layer, thresholds, scale)
         expected = reference.expand_to_children(selected, layer.levels[0].offsets, layer.tokens).long().cpu()
@@ -201,30 +201,52 @@ def test_repeated_calls_give_the_same_bits() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-@on_device
-@pytest.mark.parametrize("second_order", [False, True])
-@pytest.mark.parametrize(("q_heads", "queries"), [(2, 1), (4, 1), (4, 40)])
-def test_eight_bit_storage_is_close_and_exact_in_what_it_stores(q_heads: int, queries: int, second_order: bool) -> None:
-    case = Case(dtype=torch.float16, q_heads=q_heads, queries=queries, levels=2, seed=15, second_order=second_order)
-    query, layer, thresholds, scale = setup(case)
-    packed = to_eight_bits(layer)
-    everything = torch.full_like(thresholds, float("-inf"))
-    output, lse, _ = attend_fixed(query, packed, everything, layer.tokens, scale)
-    key_scale, key_mean, value_scale, value_mean = (part[:, None] for part in packed.scales)
-    unpacked = replace(
-        layer,
-        keys=packed.layer.keys.float() * key_scale + key_mean,
-        values=packed.layer.values.float() * value_scale + value_mean,
+STORED = [
+    replace(case, compensate=compensate, centroid_bits=8 if bits == 8 else centroid_bits, key_bits=bits)
+    for case in (
+        Case(seed=21),
+        Case(dtype=torch.float16, seed=22, levels=2, batch=2, second_order=True),
+        Case(q_heads=8, head_dim=128, dtype=torch.float16, seed=23),
+        Case(queries=40, q_heads=4, levels=2, clusters=60, second_order=True, seed=24),
+        Case(queries=40, q_heads=1, kv_heads=1, dtype=torch.float16, seed=25),
+        Case(batch=2, q_heads=4, kv_heads=1, levels=3, clusters=61, seed=26),
     )
-    selected = reference_selection(query, layer, everything, scale)
-    expected, expected_lse = judge(query, unpacked, selected, layer.tokens, scale)
-    assert relative_error(output, expected) < 3e-3
+    for compensate, centroid_bits, bits in ((True, 16, 16), (True, 8, 16), (True, 8, 8), (False, 8, 8))
+]
+STORED_LARGE = [
+    Case(dtype=dtype, head_dim=dim, q_heads=q_heads, queries=queries, levels=levels, clusters=3000, batch=batch,
+         second_order=True, compensate=True, centroid_bits=8, key_bits=bits)
+    for dtype, dim in ((torch.float32, 64), (torch.float16, 128), (torch.bfloat16, 128), (torch.bfloat16, 256))
+    for bits in (16, 8)
+    for q_heads, queries, levels, batch in ((2, 1, 1, 2), (8, 1, 2, 1), (4, 300, 2, 1))
+]  # fmt: skip
+# Scaled queries for rows in 8 bits are float16 unless the queries are float32.
+STORED_TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 1.5e-2}
+
+
+def assert_matches_whole(case: Case, keep: float | None = None, short: int = 3) -> None:
+    query, layer, thresholds, scale = setup(case)
+    if keep is not None:
+        thresholds.fill_(float("-inf") if keep else float("inf"))
+    end = layer.tokens - short
+    output, lse, _ = attend_fixed(query, layer, thresholds, end, scale)
+    expected, expected_lse = judge_whole(query, layer, thresholds, end, scale)
+    assert relative_error(output, expected) < STORED_TOLERANCE[case.dtype]
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-3, atol=1e-2)
-    kept = attend_fixed(query, packed, thresholds, layer.tokens, scale)[2]
-    wanted = attend_fixed(query, layer, thresholds, layer.tokens, scale)[2]
-    assert (kept[0] - wanted[0]).abs().max() <= 0.1 * layer.clustered
-    exact, _ = judge(query, layer, selected, layer.tokens, scale)
-    assert relative_error(output, exact) < 0.04
+
+
+@on_device
+@pytest.mark.parametrize("case", STORED, ids=range(len(STORED)))
+def test_stand_ins_and_eight_bits_equal_float64_over_the_same_rows(case: Case) -> None:
+    for keep in (None, 0.0, 1.0):
+        assert_matches_whole(case, keep)
+
+
+@needs_gpu
+@pytest.mark.parametrize("case", STORED_LARGE, ids=range(len(STORED_LARGE)))
+def test_stand_ins_and_eight_bits_on_shapes_too_large_for_an_interpreter(case: Case) -> None:
+    for keep in (None, 0.0, 1.0):
+        assert_matches_whole(case, keep)
 
 
 @on_device
@@ -275,7 +297,7 @@ def test_the_operator_is_registered_with_a_matching_fake() -> None:
     query, layer, thresholds, scale = setup(case)
     level = layer.levels[0]
     arguments = (query, layer.keys, layer.values, [level.centroids], [level.sizes], [level.offsets])
-    rest = (layer.clustered, thresholds, layer.tokens, scale, [], [])
+    rest = (layer.clustered, thresholds, layer.tokens, scale, [], [], [], [])
     torch.library.opcheck(
         torch.ops.squeezed.attend_fixed.default, (*arguments, *rest), test_utils=("test_schema", "test_faketensor")
     )

@@ -2,14 +2,11 @@
 
 from squeezed.ops.triton.chain import attend_fixed
 from squeezed.ops.triton.cost import AttentionShape, dense_is_faster
-from squeezed.ops.triton.eight_bit import EightBitKeys, to_eight_bits
 from squeezed.ops.triton.merge import merge_attention
 
 __all__ = [
     "AttentionShape",
-    "EightBitKeys",
     "attend_fixed",
     "dense_is_faster",
     "merge_attention",
-    "to_eight_bits",
 ]

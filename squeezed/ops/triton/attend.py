@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from squeezed.ops.layout import ChannelScales
 from squeezed.ops.triton import device as dev
-from squeezed.ops.triton.eight_bit import ChannelScales, scaled_query
-from squeezed.ops.triton.join import group_of, join_rows, store_result, tiles_of
+from squeezed.ops.triton.eight_bit import scaled_query
+from squeezed.ops.triton.join import group_of, join_rows, merge_rows, store_result, tiles_of
 from squeezed.ops.triton.select import WorkList
 from squeezed.ops.triton.stream import stream, stream_packed_row
 
@@ -70,7 +71,7 @@ def _attend(
     keys,
     values,
     key_scale,
-    key_mean,
+    key_centre,
     entries,
     counts,
     part_out,
@@ -123,7 +124,7 @@ def _attend(
         list_base = entries + problem.to(tl.int64) * list_size
         if PACKED == 4:
             acc, top, weight, shift = stream_packed_row(
-                query + problem.to(tl.int64) * HEAD_DIM, key_scale + head * HEAD_DIM, key_mean + head * HEAD_DIM,
+                query + problem.to(tl.int64) * HEAD_DIM, key_scale + head * HEAD_DIM, key_centre + head * HEAD_DIM,
                 key_base, value_base, list_base, tile - head_start, part_stop - head_start, head_count, scale_log2,
                 WIDTH, HEAD_DIM, BLOCK_N, STAGES, FAST,
             )  # fmt: skip
@@ -133,7 +134,7 @@ def _attend(
                 mask=(row < rows)[:, None],
                 other=0.0,
             )
-            q, logit_scale, shift = scaled_query(q, key_scale, key_mean, head, scale_log2, HEAD_DIM)
+            q, logit_scale, shift = scaled_query(q, key_scale, key_centre, head, scale_log2, HEAD_DIM)
             acc, top, weight = stream(
                 q, key_base, value_base, list_base, tile - head_start, part_stop - head_start, head_count, logit_scale,
                 WIDTH, HEAD_DIM, BLOCK_R, BLOCK_N, STAGES, PRECISION,
@@ -151,12 +152,15 @@ def _attend(
 @triton.jit
 def _join_parts(
     value_scale,
-    value_mean,
+    value_centre,
     counts,
     output,
     lse_out,
     part_out,
     part_lse,
+    other_out,
+    other_lse,
+    others,
     problems,
     kv_heads,
     rows,
@@ -170,7 +174,10 @@ def _join_parts(
     PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """ROWS rows of a head: join what each group left. Output 0 and log-sum-exp -inf where the list is empty."""
+    """ROWS rows of a head: join what each group left, and the parts that others made of it.
+
+    Output 0 and log-sum-exp -inf where nothing is attended.
+    """
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -199,10 +206,47 @@ def _join_parts(
     else:
         joined = tl.zeros([ROWS, HEAD_DIM], tl.float32)
         joined_lse = tl.full([ROWS], float("-inf"), tl.float32)
-    head = (problem % kv_heads).to(tl.int64)
-    scale = value_scale + head * HEAD_DIM if value_scale is not None else None
-    mean = value_mean + head * HEAD_DIM if value_scale is not None else None
-    store_result(output, lse_out, joined, joined_lse, problem, row, rows, scale, mean, HEAD_DIM)
+    dim = tl.arange(0, HEAD_DIM)
+    if value_scale is not None:
+        scaled = (problem % kv_heads) * HEAD_DIM + dim
+        joined = joined * tl.load(value_scale + scaled)[None, :] + tl.load(value_centre + scaled)[None, :]
+    if other_out is not None:
+        other, other_part = join_rows(
+            other_out,
+            other_lse,
+            problem * others,
+            problem * others + others - 1,
+            part_rows,
+            tl.program_id(0) * ROWS,
+            ROWS,
+            HEAD_DIM,
+            PARTS,
+        )
+        joined, joined_lse = merge_rows(joined, joined_lse, other, other_part)
+    store_result(output, lse_out, joined, joined_lse, problem, row, rows, HEAD_DIM)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Attention over other keys of the same rows, to be joined with the list's.
+
+    Attributes:
+        out: [B * Hk, parts, part_rows, D] float32.
+        lse: [B * Hk, parts, part_rows] float32, base 2, -inf where a part is empty.
+    """
+
+    out: Tensor
+    lse: Tensor
+
+
+def part_rows(rows: int) -> int:
+    """Rows of a part: those of the queries, padded to whole blocks of the joining."""
+    block = _join_block(rows)
+    return triton.cdiv(rows, block) * block
+
+
+def _join_block(rows: int) -> int:
+    return 1 if rows <= dev.FEW_ROWS else 16
 
 
 def attend_list(
@@ -213,6 +257,7 @@ def attend_list(
     scale: float,
     config: AttendConfig,
     scales: ChannelScales | None = None,
+    others: Parts | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Exact softmax attention over the keys that the work list names.
 
@@ -222,22 +267,22 @@ def attend_list(
         work: from `select_clusters`, made with `config.width`.
         scale: softmax scale.
         scales: of keys and values stored in 8 bits.
+        others: attention of the same rows over other keys, joined with it.
 
     Returns:
-        output [B, Hk, rows, D] float32 and log-sum-exp [B, Hk, rows] float32; 0 and -inf where the list is empty.
+        output [B, Hk, rows, D] float32 and log-sum-exp [B, Hk, rows] float32; 0 and -inf where nothing is attended.
     """
     batch, kv_heads, rows, head_dim = query.shape
     problems = batch * kv_heads
     row_blocks = triton.cdiv(rows, config.block_rows)
     packed = config.block_rows == 1
     groups = max(1, dev.multiprocessors(query.device) * config.programs_per_multiprocessor // row_blocks)
-    join_block = 1 if rows <= dev.FEW_ROWS else 16
-    part_rows = triton.cdiv(rows, join_block) * join_block
+    join_block, padded = _join_block(rows), part_rows(rows)
     empty = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
     output, lse = empty(batch, kv_heads, rows, head_dim), empty(batch, kv_heads, rows)
     part_out, part_lse = (
-        empty(groups + problems, part_rows, head_dim),
-        empty(groups + problems, part_rows),
+        empty(groups + problems, padded, head_dim),
+        empty(groups + problems, padded),
     )
     launch = {"PDL": dev.has_dependent_launch(query.device), **dev.launch_options(query.device)}
     tiling = {
@@ -260,7 +305,7 @@ def attend_list(
         kv_heads,
         rows,
         row_blocks,
-        part_rows,
+        padded,
         keys.shape[1],
         work.entries.shape[1],
         groups,
@@ -281,10 +326,13 @@ def attend_list(
         lse,
         part_out,
         part_lse,
+        others.out if others else None,
+        others.lse if others else None,
+        others.lse.shape[1] if others else 0,
         problems,
         kv_heads,
         rows,
-        part_rows,
+        padded,
         groups,
         ROWS=join_block,
         PARTS=max(1, 8192 // (head_dim * join_block)),

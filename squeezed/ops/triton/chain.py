@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from squeezed.ops.layout import ClusteredKeys, ClusterLevel
+from squeezed.ops.layout import ChannelScales, ClusteredKeys, ClusterLevel
 from squeezed.ops.triton import device as dev
 from squeezed.ops.triton.attend import AttendConfig, attend_config, attend_list
-from squeezed.ops.triton.eight_bit import ChannelScales, EightBitKeys
 from squeezed.ops.triton.score import Scores, score_few_rows
 from squeezed.ops.triton.score_many import score_many_rows
 from squeezed.ops.triton.select import WorkList, chunks_of, select_clusters
+from squeezed.ops.triton.stand_in import LeftOut, attend_left_out
 
 
 def select_keys(
@@ -31,7 +31,8 @@ def select_keys(
     scales: ChannelScales | None = None,
     spreads: list[Tensor] | None = None,
     kept: Tensor | None = None,
-) -> WorkList:
+    centroid_values: list[Tensor] | None = None,
+) -> tuple[WorkList, list[LeftOut]]:
     """Score and select level by level, coarsest first.
 
     Args:
@@ -44,14 +45,16 @@ def select_keys(
         scales: of centroids stored in 8 bits.
         spreads: `ClusterLevel.spread` of each level, for second-order scores.
         kept: [levels, B * Hk] int32 to write what each level selects to.
+        centroid_values: of each level, if they are to stand in for what is left out.
 
     Returns:
-        the list of keys.
+        the list of keys, and each level's left-out clusters, coarsest first; none without `centroid_values`.
     """
     batch, kv_heads, rows, _ = query.shape
     problems = batch * kv_heads
     score = score_few_rows if rows <= dev.FEW_ROWS else score_many_rows
     work: WorkList | None = None
+    left_out: list[LeftOut] = []
     for level in reversed(range(len(centroids))):
         ids, id_counts = (work.entries, work.counts) if work else (None, None)
         capacity = centroids[level].shape[1] if ids is None else ids.shape[1]
@@ -73,9 +76,24 @@ def select_keys(
             ids,
             id_counts,
             None if kept is None else kept[level],
+            flag=bool(centroid_values),
         )
+        if centroid_values:
+            assert work.left_out is not None
+            left_out.append(
+                LeftOut(
+                    work.left_out,
+                    scores,
+                    centroids[level],
+                    centroid_values[level],
+                    sizes[level],
+                    spread,
+                    ids,
+                    id_counts,
+                )
+            )
     assert work is not None
-    return work
+    return work, left_out
 
 
 @torch.library.custom_op("squeezed::attend_fixed", mutates_args=())
@@ -92,6 +110,8 @@ def _attend_fixed(
     scale: float,
     scales: list[Tensor],
     spreads: list[Tensor],
+    centroid_values: list[Tensor],
+    window_rows: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, q_heads, queries, head_dim = query.shape
     dev.check_head_dim(head_dim)
@@ -101,21 +121,26 @@ def _attend_fixed(
     config = attend_config(head_dim, rows, keys.dtype, batch * kv_heads * keys.shape[1])
     channel_scales = ChannelScales(*scales) if scales else None
     kept = torch.empty(len(centroids), batch * kv_heads, dtype=torch.int32, device=query.device)
-    work = select_keys(
+    window = (window_rows[0], window_rows[1]) if window_rows else None
+    work, left_out = select_keys(
         grouped,
         centroids,
         sizes,
         offsets,
         clustered,
         log_thresholds,
-        (clustered, window_end),
+        (clustered, clustered if window else window_end),
         scale,
         config,
-        channel_scales,
+        channel_scales if centroids[0].dtype == torch.int8 else None,
         spreads,
         kept,
+        centroid_values,
     )
-    output, lse = attend_list(grouped, keys, values, work, scale, config, channel_scales)
+    others = attend_left_out(grouped, left_out, window, window_end - clustered, scale, channel_scales)
+    output, lse = attend_list(
+        grouped, keys, values, work, scale, config, channel_scales if keys.dtype == torch.int8 else None, others
+    )
     shape = (batch, q_heads, queries)
     return output.reshape(*shape, head_dim), lse.reshape(shape), kept.reshape(-1, batch, kv_heads)
 
@@ -134,6 +159,8 @@ def _(
     scale: float,
     scales: list[Tensor],
     spreads: list[Tensor],
+    centroid_values: list[Tensor],
+    window_rows: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, q_heads, queries, _ = query.shape
     return (
@@ -148,13 +175,13 @@ def _spread_or_zero(level: ClusterLevel) -> Tensor:
 
 
 def attend_fixed(
-    query: Tensor, layer: ClusteredKeys | EightBitKeys, log_thresholds: Tensor, window_end: int, scale: float
+    query: Tensor, layer: ClusteredKeys, log_thresholds: Tensor, window_end: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Squeezed attention of one layer to its fixed context.
 
     Args:
         query: [B, Hq, M, D] float32, float16 or bfloat16; the M queries of a group of heads share one selection.
-        layer: keys, values and clusters, contiguous, on the query's device and of its dtype, or in 8 bits.
+        layer: contiguous, on the query's device and of its dtype or in 8 bits.
         log_thresholds: [levels] float32 on the device, finest level first; -inf keeps every cluster, +inf none.
         window_end: keys [layer.clustered, window_end) are always attended.
         scale: softmax scale.
@@ -164,10 +191,6 @@ def attend_fixed(
         [levels, B, Hk] int32, finest first: the clustered keys attended, and of each coarser level how many clusters of
         the next finer one it left to look at.
     """
-    scales: list[Tensor] = []
-    if isinstance(layer, EightBitKeys):
-        scales = list(layer.scales)
-        layer = layer.layer
     spreads: list[Tensor] = []
     if any(level.spread is not None for level in layer.levels):
         spreads = [_spread_or_zero(level) for level in layer.levels]
@@ -182,6 +205,8 @@ def attend_fixed(
         log_thresholds,
         window_end,
         scale,
-        scales,
+        list(layer.scales or ()),
         spreads,
+        [level.values for level in layer.levels if level.values is not None],
+        list(layer.window or ()),
     )

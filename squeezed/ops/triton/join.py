@@ -11,11 +11,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def store_result(output, lse_out, acc, lse, problem, row, rows, scale, mean, HEAD_DIM: tl.constexpr):
-    """Write rows of a head: [R, HEAD_DIM] and [R]; undo the scaling of stored values where there is one."""
+def store_result(output, lse_out, acc, lse, problem, row, rows, HEAD_DIM: tl.constexpr):
+    """Write rows of a head: [R, HEAD_DIM] and [R], log-sum-exp in base 2."""
     dim = tl.arange(0, HEAD_DIM)
-    if scale is not None:
-        acc = acc * tl.load(scale + dim)[None, :] + tl.load(mean + dim)[None, :]
     place = problem.to(tl.int64) * rows + row
     mask = row < rows
     tl.store(output + place[:, None] * HEAD_DIM + dim[None, :], acc, mask=mask[:, None])
@@ -58,9 +56,24 @@ def join_rows(
             cache_modifier=".cg",
         )  # fmt: skip
         new_top = tl.maximum(top, tl.max(lse, axis=0))
-        weight = tl.exp2(lse - new_top[None, :])
-        rescale = tl.exp2(top - new_top)
+        safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)  # so far every part may be empty
+        weight = tl.exp2(lse - safe_top[None, :])
+        rescale = tl.exp2(top - safe_top)
         acc = acc * rescale[:, None] + tl.sum(weight[:, :, None] * out, axis=0)
         total = total * rescale + tl.sum(weight, axis=0)
         top = new_top
+    total = tl.where(total > 0, total, 1.0)
     return acc / total[:, None], top + tl.log2(total)
+
+
+@triton.jit
+def merge_rows(acc_a, lse_a, acc_b, lse_b):
+    """Two disjoint parts of the same rows, [R, HEAD_DIM] and base-2 log-sum-exp [R] each; either may be empty."""
+    top = tl.maximum(lse_a, lse_b)
+    safe_top = tl.where(top == float("-inf"), 0.0, top)
+    weight_a = tl.exp2(lse_a - safe_top)
+    weight_b = tl.exp2(lse_b - safe_top)
+    total = weight_a + weight_b
+    total = tl.where(total > 0, total, 1.0)
+    acc = acc_a * (weight_a / total)[:, None] + acc_b * (weight_b / total)[:, None]
+    return acc, top + tl.log2(total)

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from squeezed.ops.layout import ChannelScales
 from squeezed.ops.triton import device as dev
-from squeezed.ops.triton.eight_bit import ChannelScales, packed_logits, packed_query, scaled_query
+from squeezed.ops.triton.eight_bit import packed_logits, packed_query, scaled_query
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def _score_few_rows(
     query,
     centroids,
     key_scale,
-    key_mean,
+    key_centre,
     sizes,
     spread,
     ids,
@@ -97,7 +98,7 @@ def _score_few_rows(
         base = centroids + head.to(tl.int64) * clusters * WORDS
         if BLOCK_R == 1:
             row_scale = key_scale + head * HEAD_DIM
-            row_mean = key_mean + head * HEAD_DIM
+            row_mean = key_centre + head * HEAD_DIM
             row_query = query + problem.to(tl.int64) * HEAD_DIM
             q0, q1, q2, q3, _, norm = packed_query(row_query, row_scale, row_mean, HEAD_DIM)
             norm = tl.zeros([1], tl.float32) + norm
@@ -108,7 +109,7 @@ def _score_few_rows(
                 other=0.0,
             )
             norm = tl.sum(q.to(tl.float32) * q.to(tl.float32), axis=1)
-            q, logit_scale, _ = scaled_query(q, key_scale, key_mean, head, scale, HEAD_DIM)
+            q, logit_scale, _ = scaled_query(q, key_scale, key_centre, head, scale, HEAD_DIM)
         steps = tl.minimum(TILES, tl.cdiv(count - begin, BLOCK_C))
         for tile in tl.range(0, steps, num_stages=STAGES):
             index = begin + tile * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -188,7 +189,7 @@ def score_few_rows(
         query,
         centroids.view(torch.int32) if block_rows == 1 else centroids,
         scales.key_scale if scales else None,
-        scales.key_mean if scales else None,
+        scales.key_centre if scales else None,
         sizes,
         spread,
         ids,

@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from squeezed.ops.layout import ChannelScales
 from squeezed.ops.triton import device as dev
 from squeezed.ops.triton.attend import LOG2E
-from squeezed.ops.triton.eight_bit import LIFT, ChannelScales
+from squeezed.ops.triton.eight_bit import LIFT
 from squeezed.ops.triton.score import Scores, clear_words
 
 
@@ -175,7 +176,8 @@ def score_many_rows(
     if spread is not None:
         norms = query.float().square().sum(-1) * (0.5 * scale**2 * LOG2E)
     if scales is not None:
-        query = (query.float() * (scales.key_scale * LIFT.value)[:, None]).half()
+        scaled = query.float() * (scales.key_scale * LIFT.value)[:, None]
+        query = scaled if query.dtype == torch.float32 else scaled.half()
         scale /= LIFT.value
     batch, kv_heads, rows, head_dim = query.shape
     clusters = centroids.shape[1]

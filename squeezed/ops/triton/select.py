@@ -32,12 +32,15 @@ class WorkList:
         counts: [B * Hk] int32, entries of each.
         kept: [B * Hk] int32, children in selected clusters (the window not counted).
         width: children per entry at most.
+        left_out: [B * Hk, capacity of the scores] uint8, 1 for clusters that are not selected (in the scores' order);
+            None unless asked for.
     """
 
     entries: Tensor
     counts: Tensor
     kept: Tensor
     width: int
+    left_out: Tensor | None = None
 
 
 def chunk_size(capacity: int, listed: bool) -> int:
@@ -70,6 +73,7 @@ def _select(
     entries,
     counts,
     kept,
+    left_out,
     status,
     level,
     kv_heads,
@@ -138,6 +142,9 @@ def _select(
             peak = safe_peak + tl.log(mean)
 
         size = tl.where(peak > threshold, end - first, 0)
+        if left_out is not None:
+            passed_over = (end > first) & (peak <= threshold)
+            tl.store(left_out + problem.to(tl.int64) * capacity + index, passed_over.to(tl.uint8), mask=inside)
         runs = (size + (WIDTH - 1)) // WIDTH
         ends = tl.cumsum(runs, axis=0)
         begins = ends - runs
@@ -193,6 +200,7 @@ def select_clusters(
     ids: Tensor | None = None,
     id_counts: Tensor | None = None,
     kept: Tensor | None = None,
+    flag: bool = False,
     *,
     slots: int = 512,
     warps: int = 4,
@@ -209,6 +217,7 @@ def select_clusters(
         width: children per entry, at most 8.
         ids, id_counts: as given to the scoring of this level.
         kept: [B * Hk] int32 to write the number of selected children to; by default a new one.
+        flag: also tell which clusters are left out.
     """
     problems, rows, capacity = scores.logits.shape
     kv_heads, clusters = offsets.shape[0], offsets.shape[1] - 1
@@ -218,6 +227,7 @@ def select_clusters(
     entries = torch.empty(problems, list_size, dtype=torch.int32, device=offsets.device)
     counts = torch.empty(problems, dtype=torch.int32, device=offsets.device)
     kept = torch.empty_like(counts) if kept is None else kept
+    left_out = torch.empty(problems, capacity, dtype=torch.uint8, device=offsets.device) if flag else None
     _select[(chunks, problems)](
         scores.logits,
         scores.part_max,
@@ -229,6 +239,7 @@ def select_clusters(
         entries,
         counts,
         kept,
+        left_out,
         status,
         level,
         kv_heads,
@@ -253,4 +264,4 @@ def select_clusters(
         num_warps=warps * (1 if rows <= 4 else 2),
         **dev.launch_options(offsets.device),
     )
-    return WorkList(entries, counts, kept, width)
+    return WorkList(entries, counts, kept, width, left_out)

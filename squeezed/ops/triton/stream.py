@@ -83,7 +83,7 @@ def stream(
 def stream_packed_row(
     query,
     key_scale,
-    key_mean,
+    key_centre,
     key_base,
     value_base,
     list_base,
@@ -103,7 +103,7 @@ def stream_packed_row(
     """
     WORDS: tl.constexpr = HEAD_DIM // 4
     word = tl.arange(0, WORDS)
-    q0, q1, q2, q3, mean, _ = packed_query(query, key_scale, key_mean, HEAD_DIM)
+    q0, q1, q2, q3, mean, _ = packed_query(query, key_scale, key_centre, HEAD_DIM)
     top = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     acc0 = tl.zeros([BLOCK_N, WORDS], tl.float32)

@@ -1,0 +1,314 @@
+"""Attention to what a work list does not name: clusters left out, as keys at their centroid, and a window kept apart.
+
+Each program takes a piece of a head's clusters, or the window, and leaves a partial result; the launch that joins the
+list's partial results joins these as well.
+"""
+
+# mypy: allow-untyped-defs, disable-error-code="attr-defined"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from squeezed.ops.layout import ChannelScales
+from squeezed.ops.triton import device as dev
+from squeezed.ops.triton.attend import Parts, part_rows
+from squeezed.ops.triton.eight_bit import scaled_query
+from squeezed.ops.triton.score import Scores
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """The clusters that one level leaves out.
+
+    Attributes:
+        flags: [B * Hk, capacity] uint8, of the level's clusters or of those in `ids`.
+        scores: of this level, in the same order.
+        centroids, values: [Hk, K, D].
+        sizes: [Hk, K] int32.
+        spread: [Hk, K] float32 or None, as the scores had it.
+        ids, id_counts: [B * Hk, capacity] and [B * Hk] int32, the clusters that a coarser level left; or None.
+    """
+
+    flags: Tensor
+    scores: Scores
+    centroids: Tensor
+    values: Tensor
+    sizes: Tensor
+    spread: Tensor | None
+    ids: Tensor | None
+    id_counts: Tensor | None
+
+
+@triton.jit
+def _accumulate(top, total, acc, logits, v, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """One step of an online softmax: logits [R, C] in base 2 (-inf: not attended), values [C, D]."""
+    new_top = tl.maximum(top, tl.max(logits, axis=1))
+    safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weight = tl.exp2(logits - safe_top[:, None])
+    rescale = tl.exp2(top - safe_top)
+    total = total * rescale + tl.sum(weight, axis=1)
+    acc = tl.dot(weight.to(DTYPE), v.to(DTYPE), acc * rescale[:, None], input_precision=PRECISION)
+    return new_top, total, acc
+
+
+@triton.jit
+def _store_part(part_out, part_lse, place, top, total, acc, needed, HEAD_DIM: tl.constexpr):
+    dim = tl.arange(0, HEAD_DIM)
+    safe_total = tl.where(total > 0, total, 1.0)
+    tl.store(part_out + place[:, None] * HEAD_DIM + dim[None, :], acc / safe_total[:, None], mask=needed[:, None])
+    tl.store(part_lse + place, top + tl.log2(safe_total), mask=needed)
+
+
+@triton.jit
+def _stand_in(
+    query,
+    flags,
+    logits,
+    centroids,
+    values,
+    sizes,
+    spread,
+    ids,
+    id_counts,
+    key_scale,
+    key_centre,
+    value_scale,
+    value_centre,
+    part_out,
+    part_lse,
+    scale,
+    kv_heads,
+    rows,
+    clusters,
+    capacity,
+    padded_rows,
+    parts,
+    first_part,
+    HAS_IDS: tl.constexpr,
+    STORED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """STORED: the scores' logits are there; else they are computed again from the centroids."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row_block = tl.program_id(0)
+    split = tl.program_id(1)
+    problem = tl.program_id(2)
+    head = problem % kv_heads
+    log2e: tl.constexpr = 1.4426950408889634
+    row = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_mask = row < rows
+    dim = tl.arange(0, HEAD_DIM)
+    q = tl.load(
+        query + (problem.to(tl.int64) * rows + row[:, None]) * HEAD_DIM + dim[None, :],
+        mask=row_mask[:, None],
+        other=0.0,
+    )
+    full = q.to(tl.float32)
+    # What second-order scores add to a logit is no part of attention.
+    stretch = tl.sum(full * full, axis=1) * (0.5 * scale * scale)
+    dtype: tl.constexpr = query.dtype.element_ty
+    scaled, logit_scale, shift = scaled_query(q, key_scale, key_centre, head, scale * log2e, HEAD_DIM)
+    count = clusters
+    if HAS_IDS:
+        count = tl.load(id_counts + problem)
+    piece = tl.cdiv(tl.cdiv(count, BLOCK_C), tl.num_programs(1)) * BLOCK_C
+    start = split * piece
+    stop = tl.minimum(start + piece, count)
+    base = head.to(tl.int64) * clusters * HEAD_DIM
+    list_base = problem.to(tl.int64) * capacity
+    top = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    acc = tl.zeros([BLOCK_R, HEAD_DIM], tl.float32)
+    for begin in tl.range(start, stop, BLOCK_C, num_stages=STAGES):
+        index = begin + tl.arange(0, BLOCK_C)
+        inside = index < stop
+        stands_in = tl.load(flags + list_base + index, mask=inside, other=0) != 0
+        cluster = index
+        if HAS_IDS:
+            cluster = tl.load(ids + list_base + index, mask=inside, other=0)
+        address = base + cluster[:, None] * HEAD_DIM + dim[None, :]
+        size = tl.load(sizes + head * clusters + cluster, mask=inside, other=1)
+        if STORED:
+            x = tl.load(
+                logits + (problem.to(tl.int64) * rows + row[:, None]) * capacity + index[None, :],
+                mask=row_mask[:, None] & inside[None, :],
+                other=0.0,
+            )
+            if spread is not None:
+                variance = tl.load(spread + head * clusters + cluster, mask=inside, other=0.0)
+                x -= stretch[:, None] * variance[None, :]
+            x = x * log2e
+        else:
+            c = tl.load(centroids + address, mask=inside[:, None], other=0)
+            x = tl.dot(scaled, tl.trans(c.to(scaled.dtype)), input_precision=PRECISION) * logit_scale
+        x += tl.log2(tl.maximum(size, 1).to(tl.float32))[None, :] + shift[:, None]
+        x = tl.where(stands_in[None, :], x, float("-inf"))
+        v = tl.load(values + address, mask=stands_in[:, None], other=0)
+        top, total, acc = _accumulate(top, total, acc, x, v, dtype, PRECISION)
+    if value_scale is not None:
+        # Scaled while the weights still sum to `total`; a part that attends to nothing stays 0.
+        acc = acc * tl.load(value_scale + head * HEAD_DIM + dim)[None, :]
+        acc += total[:, None] * tl.load(value_centre + head * HEAD_DIM + dim)[None, :]
+    place = (problem * parts + first_part + split).to(tl.int64) * padded_rows + row
+    _store_part(part_out, part_lse, place, top, total, acc, row < padded_rows, HEAD_DIM)
+
+
+@triton.jit
+def _attend_window(
+    query,
+    keys,
+    values,
+    part_out,
+    part_lse,
+    scale,
+    kv_heads,
+    rows,
+    length,
+    allocated,
+    padded_rows,
+    parts,
+    part,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Every key of a short window, by one program per block of rows."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    problem = tl.program_id(1)
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    dim = tl.arange(0, HEAD_DIM)
+    q = tl.load(
+        query + (problem.to(tl.int64) * rows + row[:, None]) * HEAD_DIM + dim[None, :],
+        mask=(row < rows)[:, None],
+        other=0.0,
+    )
+    base = (problem % kv_heads).to(tl.int64) * allocated * HEAD_DIM
+    top = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    acc = tl.zeros([BLOCK_R, HEAD_DIM], tl.float32)
+    for begin in range(0, length, BLOCK_N):
+        index = begin + tl.arange(0, BLOCK_N)
+        inside = index < length
+        address = base + index[:, None] * HEAD_DIM + dim[None, :]
+        k = tl.load(keys + address, mask=inside[:, None], other=0.0)
+        x = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * (scale * 1.4426950408889634)
+        x = tl.where(inside[None, :], x, float("-inf"))
+        v = tl.load(values + address, mask=inside[:, None], other=0.0)
+        top, total, acc = _accumulate(top, total, acc, x, v, q.dtype, PRECISION)
+    place = (problem * parts + part).to(tl.int64) * padded_rows + row
+    _store_part(part_out, part_lse, place, top, total, acc, row < padded_rows, HEAD_DIM)
+
+
+def attend_left_out(
+    query: Tensor,
+    levels: list[LeftOut],
+    window: tuple[Tensor, Tensor] | None,
+    window_length: int,
+    scale: float,
+    scales: ChannelScales | None,
+) -> Parts | None:
+    """Partial attention to stand-ins of every level's left-out clusters, and to a window that is stored apart.
+
+    Args:
+        query: [B, Hk, rows, D] contiguous.
+        levels: those that have centroid values.
+        window: keys and values [Hk, w, D] of the query's dtype, or None if the work list names the window.
+        window_length: how many of them are attended.
+        scale: softmax scale.
+        scales: of centroids and values in 8 bits.
+
+    Returns:
+        what `attend_list` joins; None if there is nothing.
+    """
+    batch, kv_heads, rows, head_dim = query.shape
+    problems = batch * kv_heads
+    stored = rows <= dev.FEW_ROWS
+    block_rows = min(dev.padded_rows(rows), 64 if head_dim > 128 or query.element_size() > 2 else 128)
+    block_rows = min(block_rows, 32) if dev.INTERPRETED else block_rows
+    row_blocks = triton.cdiv(rows, block_rows)
+    block = 32 if dev.INTERPRETED or head_dim * query.element_size() > 256 else 64
+    wanted = max(1, 3 * dev.multiprocessors(query.device) // (problems * row_blocks))
+    splits = [min(wanted, triton.cdiv(level.flags.shape[1], block)) for level in levels]
+    parts = sum(splits) + (window is not None)
+    if not parts:
+        return None
+    padded = part_rows(rows)
+    result = Parts(
+        torch.empty(problems, parts, padded, head_dim, dtype=torch.float32, device=query.device),
+        torch.empty(problems, parts, padded, dtype=torch.float32, device=query.device),
+    )
+    common = {
+        "HEAD_DIM": head_dim,
+        "BLOCK_R": block_rows,
+        "PRECISION": dev.dot_precision(query.dtype),
+        "PDL": dev.has_dependent_launch(query.device),
+        "num_warps": 8 if block_rows > 32 else 4,
+        **dev.launch_options(query.device),
+    }
+    first = 0
+    for level, count in zip(levels, splits, strict=True):
+        packed = level.centroids.dtype == torch.int8
+        assert scales is not None or not packed
+        _stand_in[(row_blocks, count, problems)](
+            query,
+            level.flags,
+            level.scores.logits,
+            level.centroids,
+            level.values,
+            level.sizes,
+            level.spread,
+            level.ids,
+            level.id_counts,
+            *(scales if packed and scales is not None else (None,) * 4),
+            result.out,
+            result.lse,
+            scale,
+            kv_heads,
+            rows,
+            level.centroids.shape[1],
+            level.flags.shape[1],
+            padded,
+            parts,
+            first,
+            HAS_IDS=level.ids is not None,
+            STORED=stored,
+            BLOCK_C=block,
+            STAGES=1 if dev.INTERPRETED else 3,
+            **common,
+        )
+        first += count
+    if window is not None:
+        _attend_window[(row_blocks, problems)](
+            query,
+            *window,
+            result.out,
+            result.lse,
+            scale,
+            kv_heads,
+            rows,
+            window_length,
+            window[0].shape[1],
+            padded,
+            parts,
+            first,
+            BLOCK_N=block,
+            **common,
+        )
+    return result
