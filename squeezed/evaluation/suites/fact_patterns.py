@@ -18,7 +18,7 @@ MONTH = "(?:January|February|March|April|May|June|July|August|September|October|
 YEAR = r"(?:1[0-9]\d\d|20\d\d)"
 _LONE_YEAR = (
     r"(?:(?<=\bin )|(?<=\bIn )|(?<=\bsince )|(?<=\bSince )|(?<=\buntil )|(?<=\bby )|(?<=\bBy )|(?<=\bfrom )|(?<=\bof )"
-    rf"|(?<=\bbefore )|(?<=\bafter )|(?<=\byear )|(?<=\bbetween )|(?<=\d\d\d\d and )|(?<=\()){YEAR}"
+    rf"|(?<=\bbefore )|(?<=\bafter )|(?<=\byear )|(?<=\bbetween )|(?<=\d\d\d\d and )|(?<=\()){YEAR}(?! [a-z]{{3,}}s\b)"
 )
 DATE = (
     rf"(?:\b\d{{1,2}} {MONTH}(?:,? {YEAR})?|\b{MONTH} \d{{1,2}}(?!\d)(?:,? {YEAR})?|\b{MONTH} {YEAR}|{_LONE_YEAR})"
@@ -30,18 +30,21 @@ SCALED = rf"{NUMBER}(?: (?:hundred|thousand|million|billion|trillion)(?: and {NU
 FIGURE = re.compile(
     rf"(?<![\w$\u20ac\u00a3.,:/-])(?!{YEAR}\b){SCALED}(?= (?!(?:and|or|to|of)\b)[a-z]{{3,}}|%)(?![\w-])", re.IGNORECASE
 )
-MONEY = re.compile(r"[$\u20ac\u00a3]\d[\d,]*(?:\.\d+)?(?: (?:thousand|million|billion))?(?![\w-])")
+MONEY = re.compile(r"[$\u20ac\u00a3]\d+(?:,\d{3})*(?:\.\d+)?(?: (?:thousand|million|billion))?(?![\w-])")
 # Before a number that belongs to a name (Windows 95), to a range (8 or 9), or that may be a year.
 NOT_A_COUNT = re.compile(
     rf"[A-Z][\w.{_APOSTROPHE}-]* $|{NUMBER} (?:or|to|and|out of) $|[\u2013-]$|\b(?:in|since|until|by|between|from) $"
 )
-REFERENCE = re.compile(
-    r"\b(chapter|section|part|appendix|figure|table|step|page|note) (\d+(?:\.\d+)*)\b", re.IGNORECASE
-)
+REFERENCE = re.compile(r"\b(chapter|section|appendix|figure|table|page) (\d+(?:\.\d+)*)\b", re.IGNORECASE)
 
 
 # Names.
-NAME_WORD = rf"[A-Z][a-z\u00e0-\u00ff]+(?:[{_APOSTROPHE}-][A-Z][a-z]+)*"
+_BEGINNERS = (
+    "If|When|While|Where|Whereas|Although|Though|Because|Since|But|And|Or|So|Then|In|At|On|By|For|From|To|As|Even|Only"
+    "|After|Before|Until|Till|Unless|Like|Unlike|With|Without|Perhaps|Maybe|Yet|Now|Both|Is|Was|Did|Does|Can|Could|The"
+    "|That|This|These|Those|What|Why|How|Who|Not|No|Just|Did|Most|Many|Some|All|Every|Each|Our|My|His|Her|Their|Its"
+)
+NAME_WORD = rf"(?!(?:{_BEGINNERS})\b)[A-Z][a-z\u00e0-\u00ff]+(?:[{_APOSTROPHE}-][A-Z][a-z]+)*"
 PROPER = rf"{NAME_WORD}(?: {NAME_WORD}){{1,2}}"
 PERSON = re.compile(rf"\b{NAME_WORD}(?: [A-Z]\.)?(?: {NAME_WORD}){{1,2}}\b")
 _ROLE = r"[a-z]+(?:er|or|ist|ian|eer|man|woman|cook|friend|cousin|captain|chief|mechanic|president|secretary)"
@@ -57,6 +60,11 @@ TITLED_BEFORE = re.compile(r"\b(?:Dr|Mr|Mrs|Ms|Prof)\. $")
 PERSONS = re.compile(
     r"(?:er|or|ist|ian|eer|man|woman|captain|chief|cook|king|queen|head|mechanic|pilot|champion|president|steward|guard"
     r"|clerk|coach|boss|minister|scientist|saint|guide|nurse|mother|father|sister|brother|wife|husband|friend|host)$"
+)
+
+VAGUE = re.compile(
+    r"\b(?:first|second|third|last|next|other|one|ones|same|latter|former|result|problem|answer|question|reason|point"
+    r"|difference|example|thing|way|idea|rest|case)$"
 )
 
 # A noun phrase of simple build: what follows it is the verb.

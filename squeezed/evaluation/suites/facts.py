@@ -186,7 +186,7 @@ def _from_references(prose: Prose) -> Iterator[Question]:
             gap = _with_gap(f"{kind} number", sentence, found.span(2))
             yield Question("references", gap, (number,), sentence.start + found.start(), found.group(), natural=False)
             named = numbered.get(number)
-            if named and kind in ("chapter", "section", "part") and not _alike(sentence.text, named.title):
+            if named and kind in ("chapter", "section") and not _alike(sentence.text, named.title):
                 text = f'What is the title of the {kind} that this sentence points to? "{sentence.text}"'
                 yield Question("references", text, (named.title,), sentence.start, sentence.text)
     texts = [text for text, _, _ in prose.links]
@@ -280,7 +280,7 @@ def _is_the_one(sentence: Sentence, found: re.Match[str], prose: Prose) -> bool:
         found["be"] in ("are", "were") or re.match(r",? (?:and |or )?[A-Z]", sentence.text[found.end("answer") :])
     )
     vague = len(found["subject"].split()) <= 2 and prose.occurrences(found["subject"]) > _FEW
-    return not (several or vague)
+    return not (several or vague or forms.VAGUE.search(found["subject"]))
 
 
 def _alike(left: str, right: str) -> bool:

@@ -60,7 +60,7 @@ def write_questions(
     document: str,
     count: int = 24,
     seed: int = 0,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, passages: None,
 ) -> Writing:
     """Have a model write up to `count` questions about a document, each about another passage, and check them.
 
