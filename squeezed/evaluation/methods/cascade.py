@@ -43,14 +43,23 @@ def retained(scores: Tensor, tokens: int, caches: int) -> Tensor:
     kept = torch.zeros_like(scores, dtype=torch.bool)
     if tokens >= count:
         return ~kept
-    end, left = count, tokens
-    for level in range(caches):
+    end = count
+    for level, size in enumerate(cache_sizes(count, tokens, caches)):
         stride = 2**level
-        size = left // (caches - level)
-        # Near the text's beginning there may be fewer keys than the cache could hold; the next ones get its room.
         blocks = min(size, end // stride)
         begin = end - blocks * stride
         best = scores[:, begin:end].view(heads, blocks, stride).argmax(-1)
         kept.scatter_(1, begin + torch.arange(blocks, device=scores.device) * stride + best, True)
-        end, left = begin, left - blocks
+        end = begin
     return kept
+
+
+def cache_sizes(count: int, tokens: int, caches: int) -> list[int]:
+    """Keys in each sub-cache: alike, or in a short text such that together they reach just back to its beginning."""
+    used = next((c for c in range(2, caches + 1) if tokens * (2**c - 1) >= c * count), caches)
+    last = 2 ** (used - 1)
+    if tokens * (2 * last - 1) < used * count:
+        return [tokens // caches] * caches
+    # Sizes a, ..., a, b with their sum given, and the sum of size times stride the whole text.
+    size = (tokens * last - count) // ((used - 1) * last - (last - 1))
+    return [*[size] * (used - 1), tokens - size * (used - 1)]

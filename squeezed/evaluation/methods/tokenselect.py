@@ -29,15 +29,15 @@ class TokenSelect(Method):
     paper: ClassVar[str] = "Wu et al. 2024, arXiv 2411.02886"
     similarity: float = 0.0
 
-    def settings(self, budget: float) -> float:
-        return self.similarity or -budget
+    def settings(self, budget: float) -> float | None:
+        return None if self.similarity else budget
 
-    def prepare_layer(self, layer: LayerContext, settings: float) -> float:
-        if settings > 0:
-            return settings
+    def prepare_layer(self, layer: LayerContext, settings: float | None) -> float:
+        if settings is None:
+            return self.similarity
         queries = layer.queries.transpose(0, 1).reshape(1, layer.queries.shape[1], -1)
         for similarity in _SIMILARITIES:
-            if float(chosen_at(queries, similarity).float().mean()) <= -settings:
+            if float(chosen_at(queries, similarity).float().mean()) <= settings:
                 return similarity
         return -1.1
 
