@@ -19,6 +19,7 @@ from squeezed.attention import attend_own
 from squeezed.evaluation.jobs import Passage
 from squeezed.evaluation.prepared import Prepared, RowsCache, Subject, in_order
 from squeezed.evaluation.rows import Row, ScoredLayer, scoring
+from squeezed.evaluation.suites.texts import key_tokens
 from squeezed.ops import reference
 
 Record = dict[str, Any]
@@ -30,7 +31,6 @@ QUESTIONS = (
     "Give every number that the text mentions, in the order in which it mentions them.",
 )
 _SHORT = 256  # tokens of context that a short-context model sees, for LongPPL
-_GAIN, _LIKELY = 2.0, -2.0  # LongPPL's alpha and beta: what makes a token a key token
 _TOGETHER = 32  # rows in one pass
 
 
@@ -231,7 +231,7 @@ def _key_tokens(prepared: Prepared, full: Row, reading: Reading) -> Tensor:
         near = logits[:-1].float().log_softmax(-1).gather(1, targets).squeeze(1)
         with scoring(subject.model):
             far = _DenseRun(prepared, full, reading).log_probs[:-1].gather(1, targets).squeeze(1)
-    return (far - near > _GAIN) & (far > _LIKELY)
+    return key_tokens(far, near)
 
 
 def _merge(records: list[Record]) -> Record:

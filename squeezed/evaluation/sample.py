@@ -10,7 +10,7 @@ class Sample:
     """One question about one fixed context.
 
     Attributes:
-        id: unique within a suite and length, stable over runs, for example `niah_single_1/17`.
+        id: unique within a suite, stable over runs, for example `niah_single_1/4096/17`.
         task: its task within the suite.
         context: the fixed context, template not included. Samples that share a context hold the same string and come
             one after another, so that a context is prepared once.

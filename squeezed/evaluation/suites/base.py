@@ -29,8 +29,8 @@ class SuiteOptions:
         truncate_middle: (text, tokens) -> the text with its middle cut out so that it takes at most `tokens`.
         tasks: None is all of the suite's.
         data: folder of the suite's texts, see `Suite.needs`.
-        question_room: tokens that the caller has left for a question. A longer one, which only LongBench has, makes its
-            context shorter.
+        question_room: tokens that the caller has subtracted for a question. A longer one, which only LongBench has,
+            makes its context shorter.
     """
 
     length: int
@@ -40,13 +40,17 @@ class SuiteOptions:
     truncate_middle: TruncateMiddle
     tasks: tuple[str, ...] | None = None
     data: Path | None = None
-    question_room: int = 256
+    question_room: int = 160
 
     def __post_init__(self) -> None:
         if self.length < 1:
             raise InputError(f"a context of {self.length} tokens was asked for: expected at least 1")
         if self.count < 1:
             raise InputError(f"{self.count} samples were asked for: expected at least 1")
+
+    def id(self, task: str, *parts: str | int) -> str:
+        """A sample's id: the same in every run with this length, another with any other length."""
+        return "/".join(map(str, (task, self.length, *parts)))
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def _sample(name: str, task: Task, record: dict[str, Any], options: SuiteOptions
         ) from error
     question, room = _share_room(question, options)
     return Sample(
-        id=f"{name}/{id}",
+        id=options.id(name, id),
         task=name,
         context=options.truncate_middle(context, room),
         question=question,

@@ -41,7 +41,7 @@ def _samples(tasks: tuple[str, ...], options: SuiteOptions) -> Iterator[Sample]:
         chosen = _choose(found, missing, random.Random(f"{options.seed}/{name}"))
         for index, question in enumerate(chosen):
             missing[question.task] -= 1
-            yield _sample(f"{question.task}/{name}/{index}", question, prose)
+            yield _sample(options.id(question.task, name, index), question, prose)
     if all(left == options.count for left in missing.values()):
         raise InputError(f"{path} has no facts to ask {', '.join(tasks)} about; expected prose with dates, names ...")
 

@@ -40,7 +40,7 @@ class Needle:
 def needle_samples(task: str, options: SuiteOptions, needle: Needle) -> Iterator[Sample]:
     fitted = Fitted(task, options, smallest=20 if needle.haystack == "essay" else 8)
     for index in range(options.count):
-        yield _sample(f"{task}/{index}", task, options, needle, fitted, index)
+        yield _sample(options.id(task, index), task, options, needle, fitted, index)
 
 
 def _sample(id: str, task: str, options: SuiteOptions, needle: Needle, fitted: Fitted, index: int) -> Sample:

@@ -55,7 +55,7 @@ def qa_samples(task: str, options: SuiteOptions, file: str) -> Iterator[Sample]:
             continue
         needed = corpus.documents[question.needed[0]]
         yield Sample(
-            id=f"{task}/{index}",
+            id=options.id(task, index),
             task=task,
             context=context,
             question=f"{_INSTRUCTION}\n\nQuestion: {question.text}",

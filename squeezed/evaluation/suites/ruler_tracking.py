@@ -76,7 +76,7 @@ def tracking_samples(task: str, options: SuiteOptions) -> Iterator[Sample]:
             return example + asked.text(noise, random.Random(order + 1))
 
         yield Sample(
-            id=f"{task}/{index}",
+            id=options.id(task, index),
             task=task,
             context=fitted.build(make),
             question=asked.question,

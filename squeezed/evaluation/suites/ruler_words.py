@@ -51,7 +51,7 @@ def common_word_samples(task: str, options: SuiteOptions) -> Iterator[Sample]:
             return example + _CWE_INTRO + _numbered(_repeated(order[:size], repeats, shuffling))
 
         yield Sample(
-            id=f"{task}/{index}",
+            id=options.id(task, index),
             task=task,
             context=fitted.build(make),
             question=_CWE_QUESTION,
@@ -78,7 +78,7 @@ def frequent_word_samples(task: str, options: SuiteOptions) -> Iterator[Sample]:
             )
 
         yield Sample(
-            id=f"{task}/{index}",
+            id=options.id(task, index),
             task=task,
             context=fitted.build(make),
             question=(

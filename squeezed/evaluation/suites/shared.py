@@ -48,7 +48,7 @@ def _samples(tasks: tuple[str, ...], options: SuiteOptions) -> Iterator[Sample]:
             asked = questions[place]
             one = asked.answers[0] if len(asked.answers) == 1 else None
             yield Sample(
-                id=f"{task}/{number}/{place}",
+                id=options.id(task, number, place),
                 task=task,
                 context=context,
                 question=asked.text,

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
+from torch import Tensor
 
 from squeezed.errors import InputError
 from squeezed.evaluation import data
@@ -67,11 +68,11 @@ def text_pairs(
 
 
 def key_tokens(
-    long_logprobs: ArrayLike,
-    short_logprobs: ArrayLike,
+    long_logprobs: Tensor,
+    short_logprobs: Tensor,
     difference: float = LONG_SHORT_DIFFERENCE,
     likelihood: float = LONG_LIKELIHOOD,
-) -> NDArray[np.bool_]:
+) -> Tensor:
     """Which tokens need the long context (LongPPL, section 3).
 
     Args:
@@ -81,23 +82,18 @@ def key_tokens(
     Returns:
         [tokens] bool: long - short > `difference` and long > `likelihood`.
     """
-    long, short = np.asarray(long_logprobs, np.float64), np.asarray(short_logprobs, np.float64)
-    if long.shape != short.shape:
-        raise ValueError(f"log probabilities of {long.shape} and {short.shape} tokens: expected the same tokens")
-    return (long - short > difference) & (long > likelihood)
+    return (long_logprobs - short_logprobs > difference) & (long_logprobs > likelihood)
 
 
-def perplexity(logprobs: ArrayLike, mask: Sequence[bool] | NDArray[np.bool_] | None = None) -> float:
+def perplexity(logprobs: Tensor, mask: Tensor | None = None) -> float:
     """exp of the mean negative log probability, over the tokens in `mask` if given; nan if there are none.
 
     Args:
         logprobs: [tokens] natural logs.
         mask: [tokens] bool, for LongPPL the key tokens.
     """
-    chosen = np.asarray(logprobs, np.float64)
-    if mask is not None:
-        chosen = chosen[np.asarray(mask, bool)]
-    return math.exp(-float(chosen.mean())) if chosen.size else math.nan
+    chosen = logprobs if mask is None else logprobs[mask]
+    return math.exp(-float(chosen.double().mean())) if chosen.numel() else math.nan
 
 
 def _cut(text: str, length: int, continuation: int, count_tokens: CountTokens) -> Iterator[tuple[str, str]]:
@@ -106,7 +102,7 @@ def _cut(text: str, length: int, continuation: int, count_tokens: CountTokens) -
     sizes = _sizes(pieces, count_tokens)
     at = 0
     while at < len(pieces):
-        middle = _take(pieces, sizes, at, length, count_tokens)
+        middle = _take(pieces, sizes, at, length - 1, count_tokens)  # the first word without its space may cost one
         end = _take(pieces, sizes, middle, continuation, count_tokens)
         if end == len(pieces) and sizes[end] - sizes[middle] < 0.9 * continuation:
             return
