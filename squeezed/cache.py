@@ -84,6 +84,7 @@ class Selection:
         alone: most queries times keys for which each query of a question selects for itself. Sharing a selection costs
             less time but finds less: of the demo's 15 questions at sparsity 0.9, SmolLM2 answers 14 if each query
             selects, 13 with blocks of 8, 12 with one selection for the whole question, and 14 dense.
+        adaptive: attend to everything where selecting is expected to take longer than it saves.
     """
 
     curves: ThresholdCurves | None

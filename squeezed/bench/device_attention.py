@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from squeezed.bench.graphs import graph_ms
-from squeezed.bench.planted import Planted, planted_context, planted_queries
+from squeezed.bench.planted import Planted, copies, planted_context, planted_queries
 from squeezed.ops import reference
 from squeezed.ops.layout import ClusteredKeys
 from squeezed.ops.triton import attend_fixed
 from squeezed.ops.triton.attend import attend_config
 from squeezed.ops.triton.chain import select_keys
-from squeezed.ops.triton.eight_bit import EightBitKeys, to_eight_bits
 from squeezed.ops.triton.score_many import score_many_rows
+from squeezed.storage import to_eight_bits
 
 MEMORY_BANDWIDTH = 3.05e12  # bytes/s copied on an H100 80GB
 DENSE_FLOPS = 604e12  # of cuDNN on long question prefills, same device
@@ -130,25 +130,6 @@ def relative_error(case: Case, query: Tensor, layer: ClusteredKeys, thresholds: 
     return float((output[0, :group].double() - expected).norm() / expected.norm())
 
 
-def copies(layer: ClusteredKeys, count: int) -> list[ClusteredKeys]:
-    """The layer and count - 1 copies of it in other memory."""
-    return [layer] + [
-        ClusteredKeys(
-            layer.keys.clone(),
-            layer.values.clone(),
-            layer.positions,
-            tuple(
-                replace(
-                    level, centroids=level.centroids.clone(), sizes=level.sizes.clone(), offsets=level.offsets.clone()
-                )
-                for level in layer.levels
-            ),
-            layer.clustered,
-        )
-        for _ in range(count - 1)
-    ]
-
-
 def floor_ms(case: Case, layer: ClusteredKeys, kept: float) -> float:
     """Least time of the work that selecting needs: bytes read once, or products at the dense kernel's rate."""
     scored = layer.levels[-1].shape[1] + sum(level.shape[1] * case.coarse_keep for level in layer.levels[:-1])
@@ -169,11 +150,11 @@ def measure(case: Case, layers: int, build_seed: int = 0) -> dict[str, Any]:
     error = relative_error(case, query, layer, thresholds, output)
     stack = copies(layer, layers)
     dense = dense_times(case, stack)
-    stored: list[ClusteredKeys | EightBitKeys] = list(stack)
+    stored = stack
     if case.eight_bits:
-        packed = to_eight_bits(layer)
+        packed = to_eight_bits(layer, keys_too=True)
         error = float((attend_fixed(query, packed, thresholds, layer.tokens, scale)[0] - output).norm() / output.norm())
-        stored = [replace(packed, layer=part) for part in copies(packed.layer, layers)]
+        stored = copies(packed, layers)
     rows = shape.q_heads // shape.kv_heads * case.queries
     grouped = query.reshape(case.batch, shape.kv_heads, rows, shape.head_dim)
     dtype = torch.int8 if case.eight_bits else shape.dtype
@@ -181,18 +162,17 @@ def measure(case: Case, layers: int, build_seed: int = 0) -> dict[str, Any]:
 
     def select() -> None:
         for part in stored:
-            keys, scales = (part.layer, part.scales) if isinstance(part, EightBitKeys) else (part, None)
             select_keys(
                 grouped,
-                [level.centroids for level in keys.levels],
-                [level.sizes for level in keys.levels],
-                [level.offsets for level in keys.levels],
-                keys.clustered,
+                [level.centroids for level in part.levels],
+                [level.sizes for level in part.levels],
+                [level.offsets for level in part.levels],
+                part.clustered,
                 thresholds,
-                (keys.clustered, keys.tokens),
+                (part.clustered, part.tokens),
                 scale,
                 config,
-                scales,
+                part.scales,
             )
 
     def whole() -> None:

@@ -12,7 +12,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from squeezed.answer import timed_generate
-from squeezed.cache import Usage
+from squeezed.attention import takes_everything
+from squeezed.bench.device_generate import Way, time_ways
+from squeezed.bench.shapes import PlantedContext, random_model
+from squeezed.cache import FixedLayer, SqueezedCache, Usage
 from squeezed.context import FixedContext, pad_left
 
 
@@ -64,6 +67,102 @@ def time_generation(
         }
     row["speedup"] = row["squeezed"]["tokens_per_second"] / row["dense"]["tokens_per_second"]
     return row
+
+
+def time_generation_on_device(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    context: FixedContext,
+    questions: Sequence[str],
+    sparsity: float,
+    new_tokens: int,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> dict[str, Any]:
+    """One row on a GPU: see `squeezed.bench.device_generate`; the model's own `generate` is there for comparison."""
+    given_up, questions_ids = context.encode(tokenizer, [[{"role": "user", "content": q}] for q in questions])
+    fixed = context.tokens - given_up
+    inputs = [pad_left([ids], fixed, tokenizer, model.device) for ids in questions_ids]
+    ways = (
+        Way("dense", lambda: context.cache(dense=True, given_up=given_up)),
+        Way("squeezed", lambda: context.cache(sparsity, given_up=given_up)),
+    )
+    row: dict[str, Any] = {
+        "context": context.tokens,
+        "sparsity": sparsity,
+        "levels": context.config.levels,
+        "dtype": context.model["dtype"],
+        **time_ways(model, ways, inputs, new_tokens, on_stage),
+        "chosen": chosen(model, context.cache(sparsity, adaptive=True)),
+    }
+    on_stage("the model's own generation")
+    prefilled = _prefill_dense(model, context.ids[:fixed])
+    for turn in range(2):  # the first one warms up
+        own_cache = copy.deepcopy(prefilled)
+        first, rest = timed_generate(
+            model, tokenizer, {**inputs[turn % len(inputs)], "past_key_values": own_cache}, new_tokens, plug_in=False
+        )
+    row["transformers"] = {"first_token_seconds": first, "tokens_per_second": (new_tokens - 1) / rest}
+    return row
+
+
+def time_shape(
+    shape: str,
+    contexts: Sequence[int],
+    sparsity: float,
+    levels: int,
+    question_tokens: int,
+    new_tokens: int,
+    device: str,
+    dtype: torch.dtype,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> list[dict[str, Any]]:
+    """A row for each context length: a model of that shape with random weights, over planted keys."""
+    on_stage(f"making {shape}")
+    model = random_model(shape, device, dtype)
+    generator = torch.Generator().manual_seed(1)
+    asked = torch.randint(model.config.vocab_size, (3, question_tokens), generator=generator).tolist()
+    about = {"shape": shape, "weights": "random", "fixed_context": "planted keys, not prefilled"}
+    rows = []
+    for tokens in contexts:
+        planted = PlantedContext(model, tokens, levels, on_stage)
+        rows.append({**about, **_time_planted(model, planted, asked, sparsity, new_tokens, on_stage)})
+        del planted
+    return rows
+
+
+def _time_planted(
+    model: PreTrainedModel,
+    planted: PlantedContext,
+    questions: list[list[int]],
+    sparsity: float,
+    new_tokens: int,
+    on_stage: Callable[[str], None],
+) -> dict[str, Any]:
+    ways = (
+        Way("dense", lambda: planted.cache(sparsity, dense=True)),
+        Way("squeezed", lambda: planted.cache(sparsity)),
+    )
+    inputs = [planted.inputs(ids, model.device) for ids in questions]
+    return {
+        "context": planted.tokens,
+        "question_tokens": len(questions[0]),
+        "sparsity": sparsity,
+        "levels": len(planted.layers[0].levels),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        **time_ways(model, ways, inputs, new_tokens, on_stage),
+        "chosen": chosen(model, planted.cache(sparsity, adaptive=True)),
+    }
+
+
+def chosen(model: PreTrainedModel, cache: SqueezedCache) -> str:
+    """What answering takes by itself for a generated token: squeezed, dense, or some layers each."""
+    heads = model.config.get_text_config().num_attention_heads
+    layers = [layer for layer in cache.layers if isinstance(layer, FixedLayer)]
+    dense = 0
+    for layer in layers:
+        dim = layer.index.keys.shape[2]
+        dense += takes_everything(torch.empty(1, heads, 1, dim, dtype=model.dtype, device=model.device), layer)
+    return {0: "squeezed", len(layers): "dense"}.get(dense, f"dense in {dense} of {len(layers)} layers")
 
 
 def _prefill_dense(model: PreTrainedModel, ids: Tensor) -> DynamicCache:

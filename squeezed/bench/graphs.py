@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -26,3 +27,19 @@ def graph_ms(work: Callable[[], object], repeats: int = 20, warmup: int = 3) -> 
         stop.record()
     torch.cuda.synchronize()
     return sorted(start.elapsed_time(stop) for start, stop in events)[repeats // 2]
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second of a large copy, those read and those written; of a CPU's memory on a CPU."""
+    source = torch.empty(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    if source.is_cuda:
+        seconds = graph_ms(lambda: target.copy_(source)) / 1e3
+    else:
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            target.copy_(source)
+            times.append(time.perf_counter() - start)
+        seconds = min(times)
+    return 2 * source.nbytes / seconds

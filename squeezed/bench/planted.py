@@ -6,7 +6,7 @@ threshold for all heads keeps a few percent of the keys in some and almost half 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -128,14 +128,31 @@ def planted_context(shape: Planted, device: str, seed: int = 0) -> ClusteredKeys
     return ClusteredKeys(keys, values, positions, tuple(levels), clustered)
 
 
+def copies(layer: ClusteredKeys, count: int) -> list[ClusteredKeys]:
+    """The layer and count - 1 copies of it in other memory, so that no cache serves one from another's reads."""
+    return [layer, *(_copy(layer) for _ in range(count - 1))]
+
+
+def _copy(layer: ClusteredKeys) -> ClusteredKeys:
+    levels = tuple(
+        replace(level, centroids=level.centroids.clone(), sizes=level.sizes.clone(), offsets=level.offsets.clone())
+        for level in layer.levels
+    )
+    return replace(layer, keys=layer.keys.clone(), values=layer.values.clone(), levels=levels)
+
+
+def sharpness_of_heads(shape: Planted, device: torch.device) -> Tensor:
+    """[kv_heads] standard deviation of the logits: the whole range of `shape.sharpness`, in no order."""
+    low, high = shape.sharpness
+    spread = low * (high / low) ** (torch.arange(shape.kv_heads, device=device) / max(1, shape.kv_heads - 1))
+    return spread[torch.randperm(shape.kv_heads, generator=torch.Generator().manual_seed(7)).to(device)]
+
+
 def planted_queries(shape: Planted, layer: ClusteredKeys, batch: int, queries: int, seed: int) -> Tensor:
     """[B, Hq, M, D]: each head with its own sharpness; its M queries look in related directions."""
     device = layer.keys.device
     generator = torch.Generator(device).manual_seed(seed)
-    low, high = shape.sharpness
-    spread = low * (high / low) ** (torch.arange(shape.kv_heads, device=device) / max(1, shape.kv_heads - 1))
-    spread = spread[torch.randperm(shape.kv_heads, generator=torch.Generator().manual_seed(7)).to(device)]
-    spread = spread.repeat_interleave(shape.q_heads // shape.kv_heads)
+    spread = sharpness_of_heads(shape, device).repeat_interleave(shape.q_heads // shape.kv_heads)
     size = (batch, shape.q_heads, queries, shape.head_dim)
     common = torch.randn(batch, shape.q_heads, 1, shape.head_dim, generator=generator, device=device)
     own = torch.randn(size, generator=generator, device=device)

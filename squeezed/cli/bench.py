@@ -12,6 +12,7 @@ from rich.table import Table
 
 from squeezed.cli import bench_app, messages, output
 from squeezed.cli.options import Device, DType, JsonFlag, load, parse_dtype, resolve_device
+from squeezed.errors import InputError
 
 
 @bench_app.command()
@@ -50,9 +51,15 @@ def attention(
 @bench_app.command()
 def generate(
     model: Annotated[str, typer.Option(help="Local transformers folder, .gguf file, hub name, or demo.")] = "demo",
+    shape: Annotated[
+        str | None, typer.Option(help="Instead of a model, random weights of a shape, such as llama-3.1-8b. GPU only.")
+    ] = None,
     file: Annotated[list[str] | None, typer.Option("--file", help="Text; the demo's manual if left out.")] = None,
-    context: Annotated[int, typer.Option(help="Tokens of fixed context; the text is repeated or cut to it.")] = 7500,
+    context: Annotated[
+        list[int] | None, typer.Option(help="Tokens of fixed context; the text is repeated or cut to it. Repeatable.")
+    ] = None,
     question: Annotated[list[str] | None, typer.Option("--question", help="May be given several times.")] = None,
+    question_tokens: Annotated[int, typer.Option(help="Of a random question, with --shape.")] = 64,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate per question.")] = 64,
     sparsity: Annotated[float, typer.Option(help="Share of the keys to leave out, 0 to 1.")] = 0.9,
     levels: Annotated[int, typer.Option(help="Cluster levels, 1 to 3.")] = 1,
@@ -61,24 +68,61 @@ def generate(
     as_json: JsonFlag = False,
 ) -> None:
     """Whole answers: time to first token and tokens per second, dense and squeezed."""
-    from squeezed.bench.generate import time_generation
+    from squeezed.config import check_sparsity
+
+    check_sparsity(sparsity)
+    if new_tokens < 2:
+        raise InputError(f"new-tokens is {new_tokens}: expected at least 2, to time those after the first")
+    place = resolve_device(device)
+    if shape is None:
+        rows = _generate_with(model, file, context or [7500], question, new_tokens, sparsity, levels, place, dtype)
+    elif place.startswith("cuda"):
+        import torch
+
+        from squeezed.bench.generate import time_shape
+
+        kind = parse_dtype(dtype) or torch.bfloat16
+        with messages.status("starting") as status:
+            rows = time_shape(
+                shape, context or [131072], sparsity, levels, question_tokens, new_tokens, place, kind, status.update
+            )
+    else:
+        raise InputError("--shape times a GPU and there is none in use; leave it out, or pass --device cuda")
+    run = {"device": _device_name(place), "model": shape or model, **_versions(), "rows": rows}
+    _print(run, as_json)
+
+
+def _generate_with(
+    model: str,
+    file: list[str] | None,
+    contexts: list[int],
+    question: list[str] | None,
+    new_tokens: int,
+    sparsity: float,
+    levels: int,
+    device: str,
+    dtype: str,
+) -> list[dict[str, Any]]:
+    from squeezed.bench.generate import time_generation, time_generation_on_device
     from squeezed.cli.progress import Stages
-    from squeezed.config import BuildConfig, check_sparsity
+    from squeezed.config import BuildConfig
     from squeezed.context import FixedContext
     from squeezed.demo import manual_path, questions
     from squeezed.text import fit_to_tokens, read_files
 
-    check_sparsity(sparsity)
     lm, tokenizer = load(model, device, dtype)
     text, _ = read_files(file or [manual_path()])
-    with Stages(messages) as stages:
-        fixed = FixedContext.from_text(
-            lm, tokenizer, fit_to_tokens(tokenizer, text, context), BuildConfig(levels=levels), True, stages.update
-        )
-    with messages.status("timing") as status:
-        asked = question or [q.question for q in questions()]
-        row = time_generation(lm, tokenizer, fixed, asked, sparsity, new_tokens, status.update)
-    _print({"device": lm.device.type, "model": model, **_versions(), "rows": [row]}, as_json)
+    asked = question or [q.question for q in questions()]
+    run = time_generation_on_device if device.startswith("cuda") else time_generation
+    rows = []
+    for tokens in contexts:
+        with Stages(messages) as stages:
+            fixed = FixedContext.from_text(
+                lm, tokenizer, fit_to_tokens(tokenizer, text, tokens), BuildConfig(levels=levels), True, stages.update
+            )
+        with messages.status("timing") as status:
+            rows.append(run(lm, tokenizer, fixed, asked, sparsity, new_tokens, status.update))
+    return rows
 
 
 @bench_app.command()
@@ -121,6 +165,12 @@ def needle(
             f"{row['kv_budget']:.3f}",
         )
     output.print(table)
+
+
+def _device_name(place: str) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(place) if place.startswith("cuda") else place
 
 
 def _versions() -> dict[str, str]:
