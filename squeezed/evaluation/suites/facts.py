@@ -188,12 +188,13 @@ def _from_references(prose: Prose) -> Iterator[Question]:
             named = numbered.get(number)
             if named and kind in ("chapter", "section") and not _alike(sentence.text, named.title):
                 text = f'What is the title of the {kind} that this sentence points to? "{sentence.text}"'
-                yield Question("references", text, (named.title,), sentence.start, sentence.text)
+                yield Question("references", text, (named.title,), sentence.start, found.group())
     texts = [text for text, _, _ in prose.links]
     for text, target, start in prose.links:
-        if text and texts.count(text) == 1 and 0 < len(target) <= 60 and not _alike(text, target):
+        once = texts.count(text) == 1 and prose.text.count(target) == 1
+        if text and target and once and len(target) <= 60 and not _alike(text, target):
             asked = f'Which address or file does the link "{text}" lead to?'
-            yield Question("references", asked, (target,), start, target)
+            yield Question("references", asked, (target,), start, text)
 
 
 def _by_other_names(questions: Iterable[Question], prose: Prose) -> Iterator[Question]:
@@ -221,8 +222,9 @@ def _plain(task: str, text: str, sentence: Sentence, found: re.Match[str], subje
 
 def _gap(task: str, what: str, sentence: Sentence, span: tuple[int, int]) -> Question:
     answer = _bare(sentence.text[slice(*span)])
-    text = _with_gap(what, sentence, span)
-    return Question(task, text, (answer,), sentence.start + span[0], answer, natural=False)
+    begin = sentence.text.index(answer, span[0])  # articles, titles and quotation marks stay
+    text = _with_gap(what, sentence, (begin, begin + len(answer)))
+    return Question(task, text, (answer,), sentence.start + begin, answer, natural=False)
 
 
 def _figure(text: str, sentence: Sentence, span: tuple[int, int], natural: bool) -> Question:
