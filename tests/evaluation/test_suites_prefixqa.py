@@ -178,7 +178,8 @@ def test_a_text_without_facts_is_refused(tmp_path: Path) -> None:
 def test_prose_is_read_without_its_marks() -> None:
     prose = read_prose(
         "Title\n=====\n\n## 2.1 Use `it`\n\nSome *very* **bold** claim, see [here](x.md).\n- One item of a list.\n\n"
-        '```\ncode here. And More.\n```\n\n| a | b |\n\nMr. Smith left. Dr. A. Jones stayed, e.g. for tea. "Why?" They asked.\n'
+        "```\ncode here. And More.\n```\n\n| a | b |\n\n"
+        'Mr. Smith left. Dr. A. Jones stayed, e.g. for tea. "Why?" They asked.\n'
     )
     assert [(heading.title, heading.number, heading.level) for heading in prose.headings] == [
         ("Title", "", 1),

@@ -101,7 +101,7 @@ def read_prose(text: str) -> Prose:
             block.append(line[item.end() :] if item else line.lstrip("> "))
         at += len(line)
     close()
-    links = tuple((found.group(1), found.group(2), found.start()) for found in _LINK.finditer(text))
+    links = tuple((" ".join(found.group(1).split()), found.group(2), found.start()) for found in _LINK.finditer(text))
     return Prose(text, tuple(headings), tuple(sentences), links)
 
 
