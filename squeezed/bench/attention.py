@@ -6,7 +6,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from squeezed.bench.planted import Planted, planted_keys, planted_queries
 from squeezed.cache import FixedLayer, Selection
 from squeezed.calibration import calibrate
 from squeezed.clustering import cluster_layer
-from squeezed.config import BuildConfig
+from squeezed.config import find_preset
 from squeezed.errors import InputError
 from squeezed.ops import cpu
 from squeezed.ops.layout import ClusteredKeys
@@ -36,6 +36,7 @@ class AttentionCase:
     sparsity: float = 0.9
     levels: int = 1
     dtype: torch.dtype = torch.float32
+    preset: str = "paper"
     repetitions: int = 15
 
     def __post_init__(self) -> None:
@@ -47,6 +48,72 @@ class AttentionCase:
             raise InputError(f"context is {self.context} tokens: expected at least 1000 for a meaningful time")
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """Which cases to time: every combination, see `ways`.
+
+    Attributes:
+        heads: (query heads, KV heads).
+        dtype: None is float32 on a CPU and bfloat16 elsewhere.
+        preset: how the context is stored, see `squeezed.config.PRESETS`.
+        eight_bits: keys and values in 8 bits, whatever the preset says; on a GPU only.
+    """
+
+    contexts: tuple[int, ...] = (131072,)
+    heads: tuple[tuple[int, int], ...] = ((32, 8),)
+    head_dim: int = 128
+    queries: tuple[int, ...] = (1,)
+    sparsities: tuple[float, ...] = (0.9,)
+    levels: tuple[int, ...] = (1,)
+    dtype: torch.dtype | None = None
+    preset: str = "paper"
+    eight_bits: bool = False
+
+    def __post_init__(self) -> None:
+        for q_heads, kv_heads in self.heads:
+            for context in self.contexts:
+                AttentionCase(context, q_heads, kv_heads)
+        if not set(self.levels) <= {1, 2}:
+            raise InputError(f"levels is {max(self.levels)}: expected 1 or 2 to be timed")
+
+    @classmethod
+    def published(cls) -> Sweep:
+        """Decoding and questions of 1K and 4K tokens, 8K to 1M, with and without grouped heads."""
+        return cls(
+            contexts=(8192, 32768, 131072, 524288, 1048576),
+            heads=((32, 32), (32, 8)),
+            queries=(1, 1024, 4096),
+            sparsities=(0.7, 0.9, 0.95),
+            levels=(1, 2),
+        )
+
+    def ways(self) -> list[tuple[int, float]]:
+        """(levels, sparsity): with two levels only one sparsity beside others, the highest up to 0.9."""
+        flat = [(1, sparsity) for sparsity in self.sparsities] if 1 in self.levels else []
+        if 2 not in self.levels:
+            return flat
+        deep = self.sparsities if not flat else (max((s for s in self.sparsities if s <= 0.9), default=0.9),)
+        return [*flat, *((2, sparsity) for sparsity in deep)]
+
+
+def time_on_cpu(asked: Sweep, on_stage: Callable[[str], None] = lambda stage: None) -> list[dict[str, Any]]:
+    """A row for every combination."""
+    if asked.eight_bits:
+        raise InputError("--eight-bits is timed on a GPU only; leave it out, or pass --device cuda")
+    return [
+        time_attention(
+            AttentionCase(
+                context, *heads, asked.head_dim, queries, sparsity, levels, asked.dtype or torch.float32, asked.preset
+            ),
+            on_stage,
+        )
+        for heads in asked.heads
+        for context in asked.contexts
+        for queries in asked.queries
+        for levels, sparsity in asked.ways()
+    ]
+
+
 def time_attention(case: AttentionCase, on_stage: Callable[[str], None] = lambda stage: None) -> dict[str, Any]:
     """One row: every dense way torch has, squeezed in total and by stage, realised budget, error against float64.
 
@@ -54,7 +121,7 @@ def time_attention(case: AttentionCase, on_stage: Callable[[str], None] = lambda
     on other queries than those that are timed.
     """
     torch.manual_seed(0)
-    config = BuildConfig(levels=case.levels, iterations=5)
+    config = replace(find_preset(case.preset), levels=case.levels, iterations=5)
     shape = Planted(case.context, case.q_heads, case.kv_heads, case.head_dim, config.window, dtype=case.dtype)
     on_stage("planting keys")
     keys, values = planted_keys(shape, "cpu")
@@ -83,6 +150,7 @@ def time_attention(case: AttentionCase, on_stage: Callable[[str], None] = lambda
         "queries": case.queries,
         "sparsity": case.sparsity,
         "levels": case.levels,
+        "preset": case.preset,
         "dtype": str(case.dtype).removeprefix("torch."),
         "dense": {"name": fastest, "ms": dense[fastest]},
         "dense_all": dense,
@@ -119,18 +187,21 @@ def _dense_ways(query: Tensor, index: ClusteredKeys, scale: float) -> dict[str, 
 
 
 def _stages(query: Tensor, layer: FixedLayer, scale: float, repetitions: int) -> dict[str, float]:
-    """Milliseconds of the finest level's stages; the coarser levels are in the total."""
+    """Milliseconds of the finest level's stages; coarser levels, and what stands in for what is left out, are only in
+    the total."""
     index, level = layer.index, layer.index.levels[0]
     curves = layer.selection.curves
     assert curves is not None
     threshold = curves.at(layer.selection.sparsity, query.shape[2])[0]
-    scores = cpu.score_centroids(query, level.centroids, level.sizes, scale, None, level.spread)
+
+    def score() -> Tensor:
+        return cpu.score_centroids(query, level.centroids, level.sizes, scale, None, level.spread, index.scales)
+
+    scores = score()
     selected = cpu.select_clusters(scores, threshold)
     window = (index.clustered, index.tokens)
     return {
-        "score": _median_ms(
-            lambda: cpu.score_centroids(query, level.centroids, level.sizes, scale, None, level.spread), repetitions
-        ),
+        "score": _median_ms(score, repetitions),
         "select": _median_ms(lambda: cpu.select_clusters(scores, threshold), repetitions),
         "attend": _median_ms(
             lambda: cpu.attend_selected(query, index.keys, index.values, level.offsets, selected, window, scale),

@@ -6,6 +6,7 @@ the quantile over all heads and keys of calibration queries that are not the tim
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,214 +15,300 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from squeezed.bench.attention import Sweep
 from squeezed.bench.graphs import graph_ms
 from squeezed.bench.planted import Planted, copies, planted_context, planted_queries
+from squeezed.config import PRESETS, BuildConfig, find_preset
 from squeezed.ops import reference
 from squeezed.ops.layout import ClusteredKeys
 from squeezed.ops.triton import attend_fixed
+from squeezed.ops.triton import device as dev
 from squeezed.ops.triton.attend import attend_config
 from squeezed.ops.triton.chain import select_keys
+from squeezed.ops.triton.score import score_few_rows
 from squeezed.ops.triton.score_many import score_many_rows
-from squeezed.storage import to_eight_bits
+from squeezed.storage import store
 
 MEMORY_BANDWIDTH = 3.05e12  # bytes/s copied on an H100 80GB
 DENSE_FLOPS = 604e12  # of cuDNN on long question prefills, same device
+_LOGITS = 2**27  # held at once by the checks in plain torch: 512 MB
+_CHECKED_QUERIES = 16
+_BLOCK = 256  # queries that share a selection in generation, see `squeezed.cache.Selection`
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table. `coarse_keep`: share of keys that the coarse level leaves, where there is one."""
+    """One row of the table.
+
+    Attributes:
+        storage: how the planted layer is kept; planted clusters have no spread.
+        coarse_keep: share of keys that the coarse level leaves, where there is one.
+    """
 
     name: str
     shape: Planted
     queries: int = 1
     sparsity: float = 0.9
     batch: int = 1
-    eight_bits: bool = False
+    storage: BuildConfig = PRESETS["paper"]
     coarse_keep: float = 0.5
 
+    @property
+    def scale(self) -> float:
+        return self.shape.head_dim**-0.5
 
-def calibrated_thresholds(case: Case, layer: ClusteredKeys, scale: float) -> Tensor:
+    @property
+    def group(self) -> int:
+        return self.shape.q_heads // self.shape.kv_heads
+
+
+def mean_scores(rows: Tensor, centroids: Tensor, sizes: Tensor, scale: float, allowed: Tensor | None) -> Tensor:
+    """`reference.score_centroids` of one head, a few rows at a time: [K] from rows [R, D] and centroids [K, D]."""
+    valid = sizes > 0 if allowed is None else (sizes > 0) & allowed
+    wide, log_sizes = centroids.float(), sizes.clamp(min=1).log()
+    total = torch.zeros(len(sizes), dtype=torch.float64, device=rows.device)
+    for some in rows.float().split(max(1, _LOGITS // len(sizes))):
+        logits = (scale * some @ wide.T).masked_fill(~valid, float("-inf"))
+        total += (logits - (logits + log_sizes).logsumexp(-1, keepdim=True)).exp().sum(0)
+    return (total / len(rows)).log()
+
+
+def calibrated_thresholds(case: Case, layer: ClusteredKeys) -> Tensor:
     """[levels] float32, finest first: global quantiles of the scores of queries other than the timed ones."""
     shape = case.shape
     query = planted_queries(shape, layer, 1 if case.queries > 1 else 8, case.queries, seed=991)
+    heads = query.reshape(query.shape[0], shape.kv_heads, -1, shape.head_dim)
+    problems = [(batch, head) for batch in range(query.shape[0]) for head in range(shape.kv_heads)]
     thresholds = torch.full((len(layer.levels),), float("-inf"), device=query.device)
-    allowed: Tensor | None = None
+    allowed: dict[tuple[int, int], Tensor | None] = dict.fromkeys(problems)
     for index in reversed(range(len(layer.levels))):
         level = layer.levels[index]
-        if case.queries > 1 and allowed is None:
-            grouped = query.reshape(1, shape.kv_heads, -1, shape.head_dim)
-            scores = score_many_rows(grouped, level.centroids, level.sizes, scale, 8).logits.reshape(
-                1, shape.kv_heads, -1
-            )
-        else:
-            group = shape.q_heads // shape.kv_heads
-            heads = []
-            for head in range(shape.kv_heads):
-                part = slice(head, head + 1)
-                own = query[:, head * group : (head + 1) * group]
-                inside = None if allowed is None else allowed[:, part]
-                heads.append(reference.score_centroids(own, level.centroids[part], level.sizes[part], scale, inside))
-            scores = torch.cat(heads, dim=1)
-        weights = level.sizes.expand_as(scores).float()
-        order = scores.flatten().sort(descending=True)
-        reached = weights.flatten()[order.indices].cumsum(0) / weights.sum()
+        scores = {
+            (b, h): mean_scores(heads[b, h], level.centroids[h], level.sizes[h], case.scale, allowed[b, h])
+            for b, h in problems
+        }
+        flat = torch.cat([scores[problem] for problem in problems]).float()
+        weights = level.sizes.repeat(query.shape[0], 1).flatten().double()
+        order = flat.sort(descending=True)
+        reached = weights[order.indices].cumsum(0) / weights.sum()
         keep = case.coarse_keep if index else 1 - case.sparsity
         thresholds[index] = order.values[torch.searchsorted(reached, keep).clamp(max=len(reached) - 1)]
         if index:
             children = layer.levels[index - 1].shape[1]
-            allowed = reference.expand_to_children(scores > thresholds[index], level.offsets, children)
+            for b, h in problems:
+                selected = (scores[b, h] > thresholds[index])[None, None]
+                allowed[b, h] = reference.expand_to_children(selected, level.offsets[h : h + 1], children)[0, 0]
     return thresholds
 
 
 def dense_times(case: Case, layers: list[ClusteredKeys]) -> dict[str, float]:
     """Milliseconds per layer of every dense kernel that runs; grouped heads also as queries of one head."""
     shape, times = case.shape, {}
-    group = shape.q_heads // shape.kv_heads
     plain = torch.randn(case.batch, shape.q_heads, case.queries, shape.head_dim, device="cuda").to(shape.dtype)
-    forms = {"": plain}
-    if group > 1 and case.queries == 1:
-        forms[" grouped"] = plain.reshape(case.batch, shape.kv_heads, group, shape.head_dim)
-    for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("fa2", SDPBackend.FLASH_ATTENTION)):
-        for form, query in forms.items():
+    ways = {"cudnn": (SDPBackend.CUDNN_ATTENTION, plain), "fa2": (SDPBackend.FLASH_ATTENTION, plain)}
+    if case.group > 1 and case.queries == 1:
+        grouped = plain.reshape(case.batch, shape.kv_heads, case.group, shape.head_dim)
+        ways["fa2 grouped"] = (SDPBackend.FLASH_ATTENTION, grouped)
+    for name, (backend, query) in ways.items():
 
-            def run(backend: SDPBackend = backend, query: Tensor = query) -> None:
-                with sdpa_kernel(backend):
-                    for layer in layers:
-                        keys, values = (
-                            part[None].expand(case.batch, -1, -1, -1) for part in (layer.keys, layer.values)
-                        )
-                        gqa = query.shape[1] != shape.kv_heads
-                        F.scaled_dot_product_attention(query, keys, values, enable_gqa=gqa)
+        def run(backend: SDPBackend = backend, query: Tensor = query) -> None:
+            with sdpa_kernel(backend):
+                for layer in layers:
+                    keys, values = (part[None].expand(case.batch, -1, -1, -1) for part in (layer.keys, layer.values))
+                    F.scaled_dot_product_attention(query, keys, values, enable_gqa=query.shape[1] != shape.kv_heads)
 
-            try:
-                times[name + form] = graph_ms(run) / len(layers)
-            except RuntimeError:
-                continue  # this backend does not take the shape
+        try:
+            times[name] = graph_ms(run) / len(layers)
+        except RuntimeError:
+            continue  # this backend does not take the shape
     return times
 
 
-def relative_error(case: Case, query: Tensor, layer: ClusteredKeys, thresholds: Tensor, output: Tensor) -> float:
-    """Of the first head's output against float64 over the keys that the reference selects."""
-    group = case.shape.q_heads // case.shape.kv_heads
-    one = ClusteredKeys(
-        layer.keys[:1],
-        layer.values[:1],
-        layer.positions[:1],
-        tuple(
-            replace(level, centroids=level.centroids[:1], sizes=level.sizes[:1], offsets=level.offsets[:1])
-            for level in layer.levels
-        ),
-        layer.clustered,
+def relative_errors(
+    case: Case, query: Tensor, layer: ClusteredKeys, thresholds: Tensor, output: Tensor
+) -> dict[str, float]:
+    """Of the first head's output against float64 over the keys that the reference selects, and over all keys."""
+    own = query[0, : case.group]
+    rows = own.reshape(-1, case.shape.head_dim)
+    allowed: Tensor | None = None
+    for index in reversed(range(len(layer.levels))):
+        level = layer.levels[index]
+        scores = mean_scores(rows, level.centroids[0], level.sizes[0], case.scale, allowed)
+        selected = (scores.float() > thresholds[index])[None, None]
+        children = layer.levels[index - 1].shape[1] if index else layer.tokens
+        allowed = reference.expand_to_children(selected, level.offsets[:1], children)[0, 0]
+    assert allowed is not None
+    allowed[layer.clustered :] = True
+    found = output[0, : case.group, :_CHECKED_QUERIES].double()
+    logits = case.scale * own[:, :_CHECKED_QUERIES].double() @ layer.keys[0].double().T
+    errors = {}
+    for name, kept in (("rel_error_same_selection", allowed), ("rel_error", torch.ones_like(allowed))):
+        exact = logits[..., kept].softmax(-1) @ layer.values[0][kept].double()
+        errors[name] = float(((found - exact).norm(dim=-1) / exact.norm(dim=-1)).mean())
+    return errors
+
+
+def bytes_per_step(layer: ClusteredKeys, kept: float, coarse_keep: float) -> tuple[float, float]:
+    """Bytes that one question's token reads of a layer, of centroids and of keys and values; `kept` is a share."""
+    heads = layer.keys.shape[0]
+    scored = layer.levels[-1].shape[1] + sum(level.shape[1] * coarse_keep for level in layer.levels[:-1])
+    window = layer.tokens - layer.clustered
+    return (
+        heads * scored * layer.centroid_bytes,
+        heads * (kept * layer.clustered * layer.key_bytes + window * layer.full_bytes),
     )
-    own = query[:1, :group]
-    scale = case.shape.head_dim**-0.5
-    allowed = None
-    for index in reversed(range(len(one.levels))):
-        level = one.levels[index]
-        scores = reference.score_centroids(own, level.centroids, level.sizes, scale, allowed)
-        selected = scores > thresholds[index]
-        if index:
-            allowed = reference.expand_to_children(selected, level.offsets, one.levels[index - 1].shape[1])
-    kept = reference.expand_to_children(selected, one.levels[0].offsets, layer.tokens)[0, 0]
-    kept[layer.clustered :] = True
-    logits = scale * own[0].double() @ one.keys[0][kept].double().T
-    expected = logits.softmax(-1) @ one.values[0][kept].double()
-    return float((output[0, :group].double() - expected).norm() / expected.norm())
 
 
 def floor_ms(case: Case, layer: ClusteredKeys, kept: float) -> float:
     """Least time of the work that selecting needs: bytes read once, or products at the dense kernel's rate."""
+    centroids, keys = bytes_per_step(layer, kept, case.coarse_keep)
     scored = layer.levels[-1].shape[1] + sum(level.shape[1] * case.coarse_keep for level in layer.levels[:-1])
-    keys = kept * layer.clustered + layer.tokens - layer.clustered
-    row = case.shape.kv_heads * case.shape.head_dim * (1 if case.eight_bits else 2)
-    moved = row * (scored + 2 * case.batch * keys)
-    flops = 4 * case.batch * case.shape.q_heads * case.queries * case.shape.head_dim * (scored + keys)
-    return 1e3 * max(moved / MEMORY_BANDWIDTH, flops / DENSE_FLOPS)
+    attended = kept * layer.clustered + layer.tokens - layer.clustered
+    flops = 4 * case.batch * case.shape.q_heads * case.queries * case.shape.head_dim * (scored + attended)
+    return 1e3 * max((centroids + case.batch * keys) / MEMORY_BANDWIDTH, flops / DENSE_FLOPS)
 
 
-def measure(case: Case, layers: int, build_seed: int = 0) -> dict[str, Any]:
-    """One row: times per layer in milliseconds, speed-up over the fastest dense kernel, budget and error."""
-    shape, scale = case.shape, case.shape.head_dim**-0.5
-    layer = planted_context(shape, "cuda", build_seed)
-    thresholds = calibrated_thresholds(case, layer, scale)
-    query = planted_queries(shape, layer, case.batch, case.queries, seed=5)
-    output, _, kept = attend_fixed(query, layer, thresholds, layer.tokens, scale)
-    error = relative_error(case, query, layer, thresholds, output)
-    stack = copies(layer, layers)
-    dense = dense_times(case, stack)
-    stored = stack
-    if case.eight_bits:
-        packed = to_eight_bits(layer, keys_too=True)
-        error = float((attend_fixed(query, packed, thresholds, layer.tokens, scale)[0] - output).norm() / output.norm())
-        stored = copies(packed, layers)
-    rows = shape.q_heads // shape.kv_heads * case.queries
-    grouped = query.reshape(case.batch, shape.kv_heads, rows, shape.head_dim)
-    dtype = torch.int8 if case.eight_bits else shape.dtype
-    config = attend_config(shape.head_dim, rows, dtype, case.batch * shape.kv_heads * layer.tokens)
+def stage_times(query: Tensor, layers: list[ClusteredKeys], thresholds: Tensor, scale: float) -> dict[str, float]:
+    """Milliseconds per layer: `score` of the finest level alone (none with more levels), and score and select."""
+    batch, _, _, dim = query.shape
+    kv_heads, tokens, _ = layers[0].keys.shape
+    grouped = query.reshape(batch, kv_heads, -1, dim)
+    rows = grouped.shape[2]
+    config = attend_config(dim, rows, layers[0].keys.dtype, batch * kv_heads * tokens)
+    score_rows = score_few_rows if rows <= dev.FEW_ROWS else score_many_rows
+    packed = layers[0].levels[0].centroids.dtype == torch.int8
+
+    def score() -> None:
+        for layer in layers:
+            level = layer.levels[0]
+            score_rows(grouped, level.centroids, level.sizes, scale, 8, scales=layer.scales if packed else None)
 
     def select() -> None:
-        for part in stored:
+        for layer in layers:
             select_keys(
                 grouped,
-                [level.centroids for level in part.levels],
-                [level.sizes for level in part.levels],
-                [level.offsets for level in part.levels],
-                part.clustered,
+                [level.centroids for level in layer.levels],
+                [level.sizes for level in layer.levels],
+                [level.offsets for level in layer.levels],
+                layer.clustered,
                 thresholds,
-                (part.clustered, part.tokens),
+                (layer.clustered, tokens if layer.window is None else layer.clustered),
                 scale,
                 config,
-                part.scales,
+                layer.scales if packed else None,
             )
 
+    stages = {"score_ms": graph_ms(score) / len(layers)} if len(layers[0].levels) == 1 else {}
+    return {**stages, "score_and_select_ms": graph_ms(select) / len(layers)}
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A planted layer and its copies in other memory, with dense times that serve every way of selecting from it."""
+
+    shape: Planted
+    layers: list[ClusteredKeys]
+    dense: dict[tuple[int, int], dict[str, float]]
+
+    @classmethod
+    def plant(cls, shape: Planted, layers: int | None = None, seed: int = 0) -> Stack:
+        """Two layers at least, and as many as fill 8 GB."""
+        size = 2 * shape.tokens * shape.kv_heads * shape.head_dim * shape.dtype.itemsize
+        count = layers or max(2, min(16, 8 * 2**30 // size))
+        return cls(shape, copies(planted_context(shape, "cuda", seed), count), {})
+
+    def flat(self) -> Stack:
+        """The same keys and dense times with the finest level alone."""
+        layers = [replace(layer, levels=layer.levels[:1]) for layer in self.layers]
+        return Stack(replace(self.shape, coarse_share=None), layers, self.dense)
+
+
+def measure(case: Case, stack: Stack) -> dict[str, Any]:
+    """One row: times per layer in milliseconds, speed-up over the fastest dense kernel, budget and errors."""
+    shape, planted, scale = case.shape, stack.layers[0], case.scale
+    thresholds = calibrated_thresholds(case, planted)
+    query = planted_queries(shape, planted, case.batch, case.queries, seed=5)
+    asked = (case.batch, case.queries)
+    if asked not in stack.dense:
+        stack.dense[asked] = dense_times(case, stack.layers)
+    dense = stack.dense[asked]
+    layers = [store(part, case.storage) for part in stack.layers]
+    layer = layers[0]
+    output, _, kept = attend_fixed(query, layer, thresholds, layer.tokens, scale)
+    errors = relative_errors(case, query, planted, thresholds, output)
+
     def whole() -> None:
-        for part in stored:
+        for part in layers:
             attend_fixed(query, part, thresholds, layer.tokens, scale)
 
-    select_ms, whole_ms = graph_ms(select) / layers, graph_ms(whole) / layers
+    whole_ms = graph_ms(whole) / len(layers)
+    stages = stage_times(query, layers, thresholds, scale)
     share = (kept[0].float() / layer.clustered).flatten()
     fastest = min(dense, key=lambda name: dense[name])
     floor = floor_ms(case, layer, float(share.mean()))
-    looked_at = [case.coarse_keep if level is not layer.levels[-1] else 1.0 for level in layer.levels]
-    centroid_bytes = sum(part * level.centroids.nbytes for part, level in zip(looked_at, layer.levels, strict=True))
-    return {
+    read = sum(bytes_per_step(layer, float(share.mean()), case.coarse_keep))
+    row: dict[str, Any] = {
         "case": case.name,
         "dense": {"name": fastest, "ms": dense[fastest], "all": dense},
-        "squeezed": {"ms": whole_ms, "select_ms": select_ms, "attend_ms": whole_ms - select_ms},
+        "squeezed": {"ms": whole_ms, **stages, "attend_ms": whole_ms - stages["score_and_select_ms"]},
         "speedup": dense[fastest] / whole_ms,
         "floor_ms": floor,
         "floor_share": floor / whole_ms,
         "kept": float(share.mean()),
         "kept_lowest_head": float(share.min()),
         "kept_highest_head": float(share.max()),
-        "kv_budget": (float(share.mean()) + centroid_bytes / layer.num_bytes) * (0.5 if case.eight_bits else 1.0),
-        "rel_error": error,
-        "layers": layers,
+        "kv_budget": read / (layer.keys.shape[0] * layer.tokens * layer.full_bytes),
+        **errors,
+        "layers": len(layers),
     }
+    if case.queries > _BLOCK:
+        row["squeezed"][f"blocks_of_{_BLOCK}_ms"] = _in_blocks(case, query, planted, layers)
+    return row
 
 
-def time_on_device(
-    context: int,
-    q_heads: int,
-    kv_heads: int,
-    head_dim: int,
-    queries: int,
-    sparsity: float,
-    levels: int,
-    dtype: torch.dtype = torch.bfloat16,
-) -> dict[str, Any]:
-    """One row as `squeeze bench attention` prints it, over as many layers as fill a few gigabytes."""
-    coarse = 0.01 if levels > 1 else None
-    shape = Planted(context, q_heads, kv_heads, head_dim, coarse_share=coarse, dtype=dtype)
-    layers = max(2, min(16, 8 * 2**30 // (context * kv_heads * head_dim * 2 * dtype.itemsize)))
-    row = measure(Case("", shape, queries=queries, sparsity=sparsity), layers)
-    asked: dict[str, Any] = {
-        "context": context,
-        "q_heads": q_heads,
-        "kv_heads": kv_heads,
-        "head_dim": head_dim,
-        "queries": queries,
-    }
-    asked |= {"sparsity": sparsity, "levels": levels, "dtype": str(dtype).removeprefix("torch.")}
-    return {**asked, **{name: value for name, value in row.items() if name != "case"}}
+def _in_blocks(case: Case, query: Tensor, planted: ClusteredKeys, layers: list[ClusteredKeys]) -> float:
+    """The same queries in blocks with a selection each, as generation asks them."""
+    thresholds = calibrated_thresholds(replace(case, queries=_BLOCK), planted)
+    blocks = [block.contiguous() for block in query.split(_BLOCK, dim=2)]
+
+    def run() -> None:
+        for layer in layers:
+            for block in blocks:
+                attend_fixed(block, layer, thresholds, planted.tokens, case.scale)
+
+    return graph_ms(run) / len(layers)
+
+
+def time_on_device(asked: Sweep, on_stage: Callable[[str], None] = lambda stage: None) -> list[dict[str, Any]]:
+    """Every combination, as `squeeze bench attention` prints it; keys are planted and clustered once per context."""
+    dtype = asked.dtype or torch.bfloat16
+    coarse = 0.01 if max(asked.levels) > 1 else None
+    preset = find_preset(asked.preset)
+    storage = replace(preset, key_bits=8) if asked.eight_bits else preset
+    rows = []
+    for q_heads, kv_heads in asked.heads:
+        for context in asked.contexts:
+            on_stage(f"{context} tokens, {q_heads}/{kv_heads} heads: planting keys")
+            deep = Stack.plant(Planted(context, q_heads, kv_heads, asked.head_dim, coarse_share=coarse, dtype=dtype))
+            stacks = {1: deep.flat(), 2: deep}
+            for queries in asked.queries:
+                for levels, sparsity in asked.ways():
+                    on_stage(f"{context} tokens, {q_heads}/{kv_heads} heads, {queries} queries, sparsity {sparsity}")
+                    case = Case("", stacks[levels].shape, queries, sparsity, storage=storage)
+                    about = {
+                        "context": context,
+                        "q_heads": q_heads,
+                        "kv_heads": kv_heads,
+                        "head_dim": asked.head_dim,
+                        "queries": queries,
+                        "sparsity": sparsity,
+                        "levels": levels,
+                        "preset": asked.preset,
+                        "key_bits": storage.key_bits,
+                        "dtype": str(dtype).removeprefix("torch."),
+                    }
+                    found = measure(case, stacks[levels])
+                    rows.append({**about, **{name: value for name, value in found.items() if name != "case"}})
+            del deep, stacks
+            torch.cuda.empty_cache()
+    return rows

@@ -7,9 +7,11 @@ from collections.abc import Callable
 
 import torch
 
+_ENOUGH = 400.0  # milliseconds of replays; a long piece of work varies less
+
 
 def graph_ms(work: Callable[[], object], repeats: int = 20, warmup: int = 3) -> float:
-    """Median milliseconds of one replay of `work`, by device events."""
+    """Median milliseconds of one replay of `work`, by device events; fewer replays where they are long."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -18,7 +20,9 @@ def graph_ms(work: Callable[[], object], repeats: int = 20, warmup: int = 3) -> 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
-    for _ in range(warmup):
+    first = _replay_ms(graph)
+    repeats = max(5, min(repeats, int(_ENOUGH / max(first, 1e-3))))
+    for _ in range(min(warmup, repeats // 4)):
         graph.replay()
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for start, stop in events:
@@ -27,6 +31,15 @@ def graph_ms(work: Callable[[], object], repeats: int = 20, warmup: int = 3) -> 
         stop.record()
     torch.cuda.synchronize()
     return sorted(start.elapsed_time(stop) for start, stop in events)[repeats // 2]
+
+
+def _replay_ms(graph: torch.cuda.CUDAGraph) -> float:
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    graph.replay()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop)
 
 
 def copy_bandwidth(device: torch.device) -> float:

@@ -18,34 +18,61 @@ from squeezed.errors import InputError
 @bench_app.command()
 def attention(
     device: Device = "auto",
-    context: Annotated[int, typer.Option(help="Tokens of fixed context.")] = 131072,
+    context: Annotated[list[int] | None, typer.Option(help="Tokens of fixed context. Repeatable. [128K]")] = None,
     q_heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
-    kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 8,
+    kv_heads: Annotated[list[int] | None, typer.Option(help="KV heads. Repeatable. [8]")] = None,
     head_dim: Annotated[int, typer.Option(help="Dimension of a head.")] = 128,
-    queries: Annotated[int, typer.Option(help="Tokens asked at once; 1 is decoding.")] = 1,
-    sparsity: Annotated[float, typer.Option(help="Share of the keys to leave out, 0 to 1.")] = 0.9,
-    levels: Annotated[int, typer.Option(help="Cluster levels, 1 to 3.")] = 1,
+    queries: Annotated[list[int] | None, typer.Option(help="Tokens asked at once. Repeatable. [1, decoding]")] = None,
+    sparsity: Annotated[
+        list[float] | None, typer.Option(help="Share of the keys to leave out, 0 to 1. Repeatable. [0.9]")
+    ] = None,
+    levels: Annotated[list[int] | None, typer.Option(help="Cluster levels. Repeatable. [1]")] = None,
+    preset: Annotated[str, typer.Option(help="How the context is stored: paper, or best (ours).")] = "paper",
+    eight_bits: Annotated[bool, typer.Option("--eight-bits", help="Keys and values in 8 bits too. GPU.")] = False,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="All of the published comparison where nothing is given.")
+    ] = False,
     dtype: DType = "auto",
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Folder for attention.json and attention.png.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """One layer's attention to a fixed context, selection included, against the fastest dense way."""
+    from squeezed.bench.attention import Sweep, time_on_cpu
     from squeezed.config import check_sparsity
 
-    check_sparsity(sparsity)
+    default = Sweep.published() if sweep else Sweep()
+    asked = Sweep(
+        contexts=tuple(context or default.contexts),
+        heads=tuple((q_heads, count) for count in kv_heads) if kv_heads else default.heads,
+        head_dim=head_dim,
+        queries=tuple(queries or default.queries),
+        sparsities=tuple(check_sparsity(value) for value in sparsity or default.sparsities),
+        levels=tuple(levels or default.levels),
+        dtype=parse_dtype(dtype),
+        preset=preset,
+        eight_bits=eight_bits,
+    )
     place = resolve_device(device)
-    precision = parse_dtype(dtype)
-    options: dict[str, Any] = {} if precision is None else {"dtype": precision}
     with messages.status("planting keys") as status:
-        from squeezed.bench.attention import AttentionCase, time_attention
-
         if place.startswith("cuda"):
             from squeezed.bench.device_attention import time_on_device
 
-            row = time_on_device(context, q_heads, kv_heads, head_dim, queries, sparsity, levels, **options)
+            rows = time_on_device(asked, status.update)
         else:
-            case = AttentionCase(context, q_heads, kv_heads, head_dim, queries, sparsity, levels, **options)
-            row = time_attention(case, status.update)
-    _print({"device": place, **_versions(), "rows": [row]}, as_json)
+            rows = time_on_cpu(asked, status.update)
+    run = {"device": _device_name(place), **_versions(), "rows": rows}
+    if out is not None:
+        from squeezed.bench.plots import plot_speedups
+
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "attention.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+        plot_speedups(run, out / "attention.png")
+    if as_json or len(rows) == 1:
+        _print(run, as_json)
+    else:
+        _print_speedups(run)
 
 
 @bench_app.command()
@@ -178,6 +205,36 @@ def _versions() -> dict[str, str]:
     import transformers
 
     return {"date": date.today().isoformat(), "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def _print_speedups(run: dict[str, Any]) -> None:
+    names = (
+        "context",
+        "heads",
+        "queries",
+        "sparsity",
+        "dense ms",
+        "ours ms",
+        "speed-up",
+        "budget",
+        "of floor",
+        "error",
+    )
+    table = Table(*names, title=f"attention on {run['device']}", padding=(0, 1), box=None, header_style="bold")
+    for row in run["rows"]:
+        table.add_row(
+            f"{row['context']}",
+            f"{row['q_heads']}/{row['kv_heads']}",
+            f"{row['queries']}",
+            f"{row['sparsity']:g}" + (" hier" if row["levels"] == 2 else ""),
+            f"{row['dense']['ms']:.4g}",
+            f"{row['squeezed']['ms']:.4g}",
+            f"{row['speedup']:.2f}x",
+            f"{row['kv_budget']:.3f}",
+            "" if row.get("floor_ms") is None else f"{row['floor_ms'] / row['squeezed']['ms']:.0%}",
+            f"{row['rel_error']:.2g}",
+        )
+    output.print(table)
 
 
 def _print(run: dict[str, Any], as_json: bool) -> None:
