@@ -202,7 +202,7 @@ def test_recycled_attention_reads_everything_at_stride_steps_and_the_same_keys_i
 @pytest.mark.parametrize("similarity", [-1.1, 0.0, 0.5, 0.9, 1.1])
 def test_a_selection_is_reused_while_the_query_stays_similar(similarity: float) -> None:
     rows = torch.randn(2, 40, 8, generator=torch.Generator().manual_seed(0)).cumsum(1)
-    found = chosen_at(rows, similarity)
+    found = chosen_at(rows, torch.tensor(similarity))
     for batch in range(2):
         last = 0
         for place in range(40):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -156,6 +157,13 @@ class Method:
         raise NotImplementedError
 
 
+@lru_cache(maxsize=4096)
+def constant(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """One number per row as [1, B, 1, 1, 1] int64; made once, because nothing may be copied to a device while the work
+    there is being recorded."""
+    return torch.tensor(values, device=device).view(1, -1, 1, 1, 1)
+
+
 def products(left: Tensor, right: Tensor) -> Tensor:
     """[H, R, C] x [H, C, K] -> float32. Half precision on a GPU is multiplied as it is and summed in float32."""
     if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16) and left.dtype == right.dtype:
@@ -203,7 +211,7 @@ def keep_groups(scores: Tensor, sizes: Tensor, tokens: Sequence[int]) -> Tensor:
     """
     order = scores.argsort(-1, descending=True)
     sorted_sizes = sizes[:, None, None, None].expand_as(order).gather(-1, order)
-    limit = torch.tensor(tokens, device=scores.device).view(1, -1, 1, 1, 1)
+    limit = constant(tuple(tokens), scores.device)
     fits = (sorted_sizes.cumsum(-1) <= limit) & (sorted_sizes > 0)
     return torch.zeros_like(fits).scatter_(-1, order, fits)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from squeezed.evaluation.methods.base import Asked, Choice, LayerContext, Method, scaled_products
 
 _ENTRY = 4  # bytes of a key's number in a bucket
+_MATCHES = 2**27  # comparisons of buckets held at once
 _CANDIDATES = [(bits, tables) for tables in (8, 16, 32, 64) for bits in range(2, 13)]
 
 
@@ -98,8 +99,11 @@ class MagicPig(Method):
         heads, shape = layer.kv_heads, direction.shape[:-1]
         codes = _codes(direction.reshape(heads, -1, direction.shape[-1]), state.planes, state.bits)
         found = torch.zeros(heads, codes.shape[1], layer.count, dtype=torch.uint8, device=codes.device)
-        for table in range(codes.shape[-1]):
-            found += codes[:, :, table, None] == state.codes[table, :, None]
+        step = max(1, _MATCHES // found.numel())
+        for first in range(0, codes.shape[-1], step):
+            some = slice(first, first + step)
+            matches = codes.permute(2, 0, 1)[some].unsqueeze(-1) == state.codes[some].unsqueeze(2)
+            found += matches.sum(0, dtype=torch.uint8)
         found = found.view(*shape, layer.count)
         closeness = collision(direction, state.directions)
         chance = sampling(closeness**state.bits, codes.shape[-1]).clamp_(min=1e-9)

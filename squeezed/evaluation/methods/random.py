@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from squeezed.evaluation.methods.base import Asked, Choice, LayerContext, Method
+from squeezed.evaluation.methods.base import Asked, Choice, LayerContext, Method, constant
 
 _MODULUS = 2**31 - 1
 
@@ -33,5 +33,5 @@ class Random(Method):
         factor = (asked.places * 48_271 + 16_807) % _MODULUS
         draw = (state[:, None, None, None] * factor[None, :, None, :, None]) % _MODULUS
         shares = [layer.affordable(budget, 0) / layer.count for budget in asked.budgets]
-        limit = torch.tensor([int(share * _MODULUS) + (share == 1) for share in shares], device=draw.device)
-        return Choice(draw < limit.view(1, -1, 1, 1, 1))
+        limit = constant(tuple(int(share * _MODULUS) + (share == 1) for share in shares), draw.device)
+        return Choice(draw < limit)

@@ -32,14 +32,15 @@ class TokenSelect(Method):
     def settings(self, budget: float) -> float | None:
         return None if self.similarity else budget
 
-    def prepare_layer(self, layer: LayerContext, settings: float | None) -> float:
+    def prepare_layer(self, layer: LayerContext, settings: float | None) -> Tensor:
+        """The cosine above which a selection is reused, on the device."""
+        device = layer.keys.device
         if settings is None:
-            return self.similarity
+            return torch.tensor(self.similarity, device=device)
         queries = layer.queries.transpose(0, 1).reshape(1, layer.queries.shape[1], -1)
-        for similarity in _SIMILARITIES:
-            if float(chosen_at(queries, similarity).float().mean()) <= settings:
-                return similarity
-        return -1.1
+        candidates = torch.tensor(_SIMILARITIES, device=device)
+        cost = chosen_at(queries.expand(len(candidates), -1, -1), candidates).float().mean(1)
+        return candidates[(cost <= settings).int().argmax()]
 
     def choose(self, state: Any, asked: Asked) -> Choice:
         layer, places = asked.layer, asked.places
@@ -60,15 +61,15 @@ class TokenSelect(Method):
         return Choice(keep_top(votes, tokens).expand(heads, -1, -1, -1, -1), metadata)
 
 
-def chosen_at(queries: Tensor, similarity: float) -> Tensor:
+def chosen_at(queries: Tensor, similarity: Tensor) -> Tensor:
     """At which of the queries [B, P, C] a new selection is made, as bool [B, P]: at the first, and wherever the cosine
-    to the query that made the last selection is not above `similarity`."""
+    to the query that made the last selection is not above `similarity`, a number or one for each of B."""
     rows = torch.nn.functional.normalize(queries.float(), dim=-1)
     batch, length, _ = rows.shape
     at = torch.arange(length, device=rows.device)
-    unlike = (rows @ rows.transpose(1, 2) <= similarity) & (at[None, None] > at[None, :, None])
+    unlike = (rows @ rows.transpose(1, 2) <= similarity.view(-1, 1, 1)) & (at[None, None] > at[None, :, None])
     # next[i]: the first later query that is unlike i; `length` if none is.
-    following = torch.where(unlike, at, length).amin(2) if length else at.expand(batch, -1)
+    following = torch.where(unlike, at, length).amin(2)
     jump = torch.cat([following, following.new_full((batch, 1), length)], dim=1)
     reached = torch.zeros(batch, length + 1, dtype=torch.bool, device=rows.device)
     reached[:, 0] = True
