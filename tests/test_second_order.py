@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from squeezed.clustering import build_levels, cluster_layer
+from squeezed.clustering import assemble, cluster_layer
 from squeezed.config import BuildConfig
-from squeezed.ops.layout import ClusteredKeys
 from squeezed.second_order import fit_spread
 from squeezed.storage import to_eight_bits
 
@@ -40,10 +39,9 @@ def test_the_coefficient_is_what_queries_see_of_the_scatter(
     keys, queries = scattered(seen)
     labels = (torch.arange(TOKENS) % 60).expand(HEADS, -1)
     order = labels.argsort(dim=1, stable=True)
-    parents = [(torch.arange(60) // 20).expand(HEADS, -1)][: levels - 1]
-    found = build_levels(keys, [labels, *parents], order, second_order=True)
+    runs = [torch.full((HEADS, count), TOKENS // count) for count in (60, 3)][:levels]
     laid_out = keys.gather(1, order.unsqueeze(-1).expand(-1, -1, DIM))
-    layer = ClusteredKeys(laid_out, laid_out, order.int(), found, TOKENS)
+    layer = assemble(laid_out, laid_out, order.int(), runs, second_order=True)
     if bits == 8:
         layer = to_eight_bits(layer, keys_too=True)
     fitted = fit_spread(layer, queries, SCALE)
