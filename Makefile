@@ -1,4 +1,4 @@
-.PHONY: demo test test-gpu lint clean
+.PHONY: demo test test-gpu memcheck lint clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,9 +13,16 @@ test: lint $(READY)
 	$(BIN)/python -m squeezed.demo.fetch
 	TRITON_INTERPRET=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not gpu"
 
-# On a machine with a CUDA device and torch, triton and transformers already installed.
+# On a machine with a CUDA device and torch, triton and transformers already installed. Most of the time is compiling:
+# with pytest-xdist, `make test-gpu PYTEST_OPTIONS="-n 12"`.
 test-gpu:
-	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m pytest -m gpu $(PYTEST_OPTIONS)
+
+# Every kernel once on small shapes, under the checker of memory accesses that comes with CUDA.
+memcheck:
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
+		$(PYTHON) -m pytest -m gpu -x tests/ops/test_triton.py tests/test_decode_kernels.py \
+		-k "float64_attention_to or stand_ins_and_eight_bits_equal or merging or appending or products" $(PYTEST_OPTIONS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
