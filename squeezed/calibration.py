@@ -43,7 +43,7 @@ _COARSE_SPARSITY = 0.5  # paper section 3.3: level 1 keeps half the keys
 _COARSE_FULL = 0.7  # the lowest sparsity of the paper; below it level 1 drops proportionally less, nothing at 0
 # Histogram of log scores. A quantile is off by at most one bin: 1/64 in log score.
 _LOWEST, _BINS_PER_UNIT = -256.0, 64
-_WEIGHTS = 2**18  # float64 weights held at once: 2 MB, whatever the length
+_WEIGHTS = {"cpu": 2**18, "cuda": 2**27}  # float64 weights held at once: 2 MB, or 1 GB, whatever the length
 _BINS = int(-_LOWEST * _BINS_PER_UNIT) + 1
 
 
@@ -136,11 +136,13 @@ def calibrate(
             histograms = {coarser: torch.zeros(_BINS, dtype=torch.float64) for coarser in groups}
             for layer, segments, scale in zip(layers, queries, scales, strict=True):
                 blocks = torch.cat([_blocks(segment, count) for segment in segments])
-                step = max(1, _WEIGHTS // (blocks.shape[1] * count * layer.levels[level].shape[1]))
+                device = blocks.device
+                step = max(1, _WEIGHTS[device.type] // (blocks.shape[1] * count * layer.levels[level].shape[1]))
+                own = torch.zeros(len(histograms), _BINS, dtype=torch.float64, device=device)
                 for some in blocks.split(step):
-                    parts = _histograms(layer, level, some, scale, list(histograms))
-                    for histogram, part in zip(histograms.values(), parts, strict=True):
-                        histogram += part
+                    own += _histograms(layer, level, some, scale, list(histograms))
+                for histogram, part in zip(histograms.values(), own.cpu(), strict=True):
+                    histogram += part
                 done += 1
                 on_progress(done, total)
             for coarser, members in groups.items():
@@ -159,8 +161,8 @@ def _blocks(queries: Tensor, count: int) -> Tensor:
 
 def _histograms(
     layer: ClusteredKeys, level: int, blocks: Tensor, scale: float, coarser: Sequence[tuple[float, ...]]
-) -> list[Tensor]:
-    """Keys by log score on one level, for each tuple of thresholds of the coarser levels (finest of them first).
+) -> Tensor:
+    """Keys by log score on one level [T, bins], for T tuples of thresholds of the coarser levels (finest first).
 
     The same scores as `reference.score_centroids`, but the exponentials are taken once for all tuples: what a coarser
     threshold leaves out only changes the denominators.
@@ -168,9 +170,7 @@ def _histograms(
     own = layer.levels[level]
     kv_heads, _, dim = own.shape
     grouped = blocks.reshape(blocks.shape[0], kv_heads, -1, dim).float()
-    logits = scale * (grouped @ layer.centroids(level).transpose(-1, -2))
-    if own.spread is not None:
-        logits += 0.5 * scale**2 * grouped.square().sum(-1, keepdim=True) * own.spread.unsqueeze(1)
+    logits = reference.centroid_logits(grouped, own.centroids, scale, own.spread, layer.scales)
     # float64: a score may be e^-100 of the row's highest, where float32 has nothing left.
     weights = (logits - logits.amax(-1, keepdim=True)).double().exp_()
     sizes = own.sizes.double()
@@ -184,8 +184,8 @@ def _histograms(
         scores = (share.unsqueeze(2) @ weights).squeeze(2) / weights.shape[2]
         log_scores = scores.log_().masked_fill_(present == 0, -math.inf)
         bins = ((log_scores.clamp_(min=_LOWEST, max=0.0) - _LOWEST) * _BINS_PER_UNIT).long()
-        found.append(torch.bincount(bins.flatten(), counts, minlength=_BINS).cpu())
-    return found
+        found.append(torch.bincount(bins.flatten(), counts, minlength=_BINS))
+    return torch.stack(found)
 
 
 def _allowed(

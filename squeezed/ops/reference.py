@@ -12,6 +12,27 @@ from torch import Tensor
 from squeezed.ops.layout import ChannelScales, from_eight_bits
 
 
+def centroid_logits(
+    grouped: Tensor, centroids: Tensor, scale: float, spread: Tensor | None, scales: ChannelScales | None
+) -> Tensor:
+    """Estimated logit of the keys of each cluster; every score of a cluster comes from here.
+
+    s q.C_i, and with a spread v the next term of log E[exp(s q.k)] over the cluster's keys: + s^2 |q|^2 v_i / 2.
+
+    Args:
+        grouped: [B, Hk, rows, D] float32, the queries of each KV head's group.
+        centroids, spread, scales: as for `score_centroids`.
+
+    Returns:
+        [B, Hk, rows, K] float32.
+    """
+    rows = centroids.float() if scales is None else from_eight_bits(centroids, *scales[:2])
+    logits = scale * (grouped @ rows.transpose(-1, -2))
+    if spread is not None:
+        logits += 0.5 * scale**2 * grouped.square().sum(-1, keepdim=True) * spread.unsqueeze(1)
+    return logits
+
+
 def score_centroids(
     query: Tensor,
     centroids: Tensor,
@@ -24,7 +45,7 @@ def score_centroids(
     """Log of the estimated attention weight of each key of each cluster (paper section 3.2, eq. 2 and 4).
 
     S_i = exp(s q.C_i) / sum_j N_j exp(s q.C_j), averaged over the M queries and the G heads of the group, in log space.
-    With a spread v, s q.C_i gets the next term of log E[exp(s q.k)] over the cluster's keys: + s^2 |q|^2 v_i / 2.
+    With a spread, s q.C_i gets another term, see `centroid_logits`.
 
     Args:
         query: [B, Hq, M, D].
@@ -41,10 +62,7 @@ def score_centroids(
     batch, q_heads, queries, dim = query.shape
     kv_heads, clusters, _ = centroids.shape
     grouped = query.reshape(batch, kv_heads, (q_heads // kv_heads) * queries, dim).float()
-    rows = centroids.float() if scales is None else from_eight_bits(centroids, *scales[:2])
-    logits = scale * (grouped @ rows.transpose(-1, -2))
-    if spread is not None:
-        logits = logits + 0.5 * scale**2 * grouped.square().sum(-1, keepdim=True) * spread.unsqueeze(1)
+    logits = centroid_logits(grouped, centroids, scale, spread, scales)
     valid = (sizes > 0).expand(batch, kv_heads, clusters)
     if allowed is not None:
         valid = valid & allowed
