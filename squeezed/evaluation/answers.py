@@ -77,13 +77,7 @@ def answer_sample(
                 "same_as_full": tokens == dense,
                 "tokens": len(tokens),
                 "context_tokens": prepared.tokens,
-                "depth": _depth(sample),
+                "depth": sample.depth,
             }
         )
     return records
-
-
-def _depth(sample: Sample) -> float | None:
-    """Where in the context the first accepted answer stands, 0 to 1; None if it does not stand there word for word."""
-    at = sample.context.find(sample.answers[0]) if sample.answers else -1
-    return None if at < 0 else round(at / len(sample.context), 4)

@@ -18,7 +18,7 @@ from torch import Tensor
 from squeezed.attention import attend_own
 from squeezed.evaluation.jobs import Passage
 from squeezed.evaluation.prepared import Prepared, RowsCache, Subject, in_order
-from squeezed.evaluation.rows import Row, ScoredLayer, scoring
+from squeezed.evaluation.rows import Row, ScoredLayer, bytes_of, last_reads, scoring
 from squeezed.evaluation.suites.texts import key_tokens
 from squeezed.ops import reference
 
@@ -131,14 +131,15 @@ def _end_to_end(
         some = rows[first : first + step]
         cache = prepared.rows(some, reading.given_up, len(reading.ids))
         logits = _forward(prepared, cache, reading.ids)
+        kept = last_reads(cache.scored_layers)
         targets = torch.tensor(reading.ids[1:], device=logits.device)
         for at, row in enumerate(some):
             log_probs = logits[at].log_softmax(-1)
             kl = (dense.log_probs.exp() * (dense.log_probs - log_probs)).sum(-1)
             nll = -log_probs[:-1].gather(1, targets.unsqueeze(1)).squeeze(1)
             read = cache.place.bytes[at]
-            if at in cache.scored_layers[0].ours:
-                read = torch.stack([layer.ours_bytes(at) for layer in cache.scored_layers]).sum(0)
+            if at in kept:
+                read = bytes_of(cache.scored_layers, at, kept[at], len(reading.ids))
             record: Record = {
                 "tokens": len(reading.ids),
                 "kv_budget": 1.0 if row.budget is None else float(read.mean()) / cache.full_bytes,

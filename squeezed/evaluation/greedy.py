@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from squeezed.evaluation.prepared import Prepared, RowsCache
-from squeezed.evaluation.rows import Row, scoring
+from squeezed.evaluation.rows import Row, bytes_of, last_reads, scoring
 
 _CHECKED = 32  # guessed tokens checked in one pass while a row follows the dense answer
 _GUESSED = 8  # and where it has left it
@@ -104,52 +104,75 @@ class _Batch:
         self.subject = prepared.subject
         self.most = max_new_tokens
         self.dense, self.guesses = list(dense), guesses
-        capacity = len(self.ids) + max_new_tokens + _CHECKED + _GUESSED
-        self.cache: RowsCache = prepared.rows(rows, given_up, capacity)
+        self.capacity = len(self.ids) + max_new_tokens + _CHECKED + _GUESSED
+        self.cache: RowsCache = prepared.rows(rows, given_up, self.capacity)
         self.answers: list[list[int]] = [[] for _ in rows]
         self.done = [False] * len(rows)
-        self.read: list[list[Tensor]] = [[] for _ in rows]
-        self.fed: list[tuple[list[int], int, dict[int, int]]] = []  # rows, width, accepted of each
+        self.read: list[list[Tensor]] = [[] for _ in rows]  # bytes of accepted tokens, pass by pass
+        self.kept: list[list[Tensor | None]] = [[] for _ in rows]  # ours: what accepted tokens kept
+        self.passes = 0
+        self.recorded: _Recorded | None = None
 
     def run(self) -> list[RowAnswer]:
         with torch.inference_mode(), scoring(self.subject.model):
-            self._pass(list(range(len(self.answers))), first=True)
             while pending := [row for row, done in enumerate(self.done) if not done]:
-                self._pass(pending, first=False)
+                self._pass(pending)
+            self.recorded = None
             budgets = self._budgets()
         return [RowAnswer(answer, budget) for answer, budget in zip(self.answers, budgets, strict=True)]
 
-    def _guess(self, row: int) -> list[int]:
+    def _guess(self, row: int, most: int) -> list[int]:
         """Tokens that may follow what the row has answered so far."""
         answer = self.answers[row]
-        left = self.most - len(answer) - 1
+        left = min(self.most - len(answer) - 1, most)
         if answer == self.dense[: len(answer)] and len(self.dense) > len(answer):
-            return self.dense[len(answer) : len(answer) + min(left, _CHECKED)]
+            return self.dense[len(answer) : len(answer) + left]
         return self.guesses.propose([*self.ids, *answer], min(left, _GUESSED))
 
-    def _pass(self, rows: list[int], first: bool) -> None:
+    def _pass(self, rows: list[int]) -> None:
         """Feed each row what it has decided on and a guess; keep what it would have said itself."""
-        guesses = {row: self._guess(row) for row in rows}
+        first, self.passes = self.passes == 0, self.passes + 1
+        # On a GPU later passes have one width, so that they can be recorded and replayed.
+        fixed_width = not first and self.subject.device.type == "cuda"
+        guesses = {row: self._guess(row, _GUESSED if fixed_width else _CHECKED) for row in rows}
         known = {row: self.ids if first else self.answers[row][-1:] for row in rows}
-        keep = 1 + max(len(guess) for guess in guesses.values())
-        width = len(known[rows[0]]) + keep - 1
-        fed = torch.zeros(len(rows), width, dtype=torch.int64)
-        for at, row in enumerate(rows):
-            tokens = [*known[row], *guesses[row]]
-            fed[at, : len(tokens)] = torch.tensor(tokens)
-        said = self._forward(rows, fed, keep)
+        keep = 1 + (_GUESSED if fixed_width else max(len(guess) for guess in guesses.values()))
+        fed_rows = rows
+        if fixed_width and self.passes > 2:
+            self.recorded = self.recorded or _Recorded(self, rows, keep)
+            fed_rows = self.recorded.rows
+        fed = torch.zeros(len(fed_rows), len(known[rows[0]]) + keep - 1, dtype=torch.int64)
+        for at, row in enumerate(fed_rows):
+            if row in guesses:
+                tokens = [*known[row], *guesses[row]]
+                fed[at, : len(tokens)] = torch.tensor(tokens)
+        if self.recorded is not None:
+            said, kept = self.recorded.replay(fed)
+        else:
+            self.cache.place.begin(fed_rows, fed.shape[1], self.capacity if fixed_width else None)
+            said, kept = self.step(fed.to(self.subject.device), keep), last_reads(self.cache.scored_layers)
+        self._accept(fed_rows, known, guesses, said.tolist(), kept)
+
+    def _accept(
+        self,
+        fed_rows: list[int],
+        known: dict[int, list[int]],
+        guesses: dict[int, list[int]],
+        said: list[list[int]],
+        kept: dict[int, Tensor | None],
+    ) -> None:
         taken: dict[int, int] = {}
-        for at, row in enumerate(rows):
-            accepted = self._take(row, guesses[row], said[at])
-            taken[row] = len(known[row]) + accepted
-            self.cache.place.accept(row, taken[row])
+        for at, row in enumerate(fed_rows):
+            if row not in guesses:
+                continue
+            taken[row] = len(known[row]) + self._take(row, guesses[row], said[at])
+            if row in kept:
+                own = kept[row]
+                self.kept[row].append(None if own is None else own[:, :, : taken[row]].clone())
+            self.read[row].append(self.cache.place.bytes[at, : taken[row]].clone())
             if self.done[row]:
                 self.guesses.add([*self.ids[-_NGRAM:], *self.answers[row]])
-        self.fed.append((rows, width, taken))
-        bytes_read = self.cache.place.bytes
-        for at, row in enumerate(rows):
-            self.read[row].append(bytes_read[at, : taken[row]])
-        self.cache.place.settle()
+        self.cache.place.accept(taken)
 
     def _take(self, row: int, guess: list[int], said: list[int]) -> int:
         """Extend the answer by what was confirmed and the token after it; the number of guessed tokens confirmed."""
@@ -162,11 +185,9 @@ class _Batch:
                 return place
         return len(guess)
 
-    def _forward(self, rows: list[int], fed: Tensor, keep: int) -> list[list[int]]:
-        """The highest token behind each of the last `keep` fed ones, by row."""
+    def step(self, fed: Tensor, keep: int) -> Tensor:
+        """The highest token behind each of the last `keep` fed ones, [A, keep]."""
         place, model = self.cache.place, self.subject.model
-        place.begin(rows, fed.shape[1])
-        fed = fed.to(place.device)
         output = model.get_decoder()(
             input_ids=fed,
             position_ids=place.places + self.cache.fixed_tokens,
@@ -176,25 +197,41 @@ class _Batch:
         hidden = output.last_hidden_state[:, -keep:]
         head = model.get_output_embeddings()
         step = max(1, _LOGITS // (keep * head.weight.shape[0] * hidden.element_size()))
-        return torch.cat([head(part).argmax(-1) for part in hidden.split(step)]).tolist()
+        return torch.cat([head(part).argmax(-1) for part in hidden.split(step)])
 
     def _budgets(self) -> list[float]:
-        total = self.cache.full_bytes
-        ours = {at for layer in self.cache.scored_layers for at in layer.ours}
+        layers, total = self.cache.scored_layers, self.cache.full_bytes
         budgets = []
         for row in range(len(self.answers)):
-            if row not in ours:
-                budgets.append(float(torch.cat(self.read[row]).mean()) / total)
-                continue
-            read = torch.stack([layer.ours_bytes(row) for layer in self.cache.scored_layers]).sum(0)
-            # Every pass recorded all tokens fed; only those that were accepted belong to the answer.
-            valid, at = [], 0
-            for _, width, taken in self.fed:
-                if row in taken:
-                    valid.append(read[at : at + taken[row]])
-                    at += width
-            budgets.append(float(torch.cat(valid).mean()) / total)
+            read = torch.cat(self.read[row])
+            if row in layers[0].ours:
+                kept = self.kept[row]
+                whole = None if any(part is None for part in kept) else torch.cat(kept, dim=2)  # type: ignore[arg-type]
+                read = bytes_of(layers, row, whole, len(read))
+            budgets.append(float(read.mean()) / total)
         return budgets
+
+
+class _Recorded:
+    """A pass of fixed shape in a CUDA graph: launching its thousands of kernels one by one takes ten times as long.
+
+    A pass of the same shape has to have run before, so that everything that is made once is there.
+    """
+
+    def __init__(self, batch: _Batch, rows: list[int], width: int) -> None:
+        self.rows, self._place = rows, batch.cache.place
+        self._place.begin(rows, width, batch.capacity)
+        self._fed = torch.zeros(len(rows), width, dtype=torch.int64, device=batch.subject.device)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._place.restart()
+            self._said = batch.step(self._fed, width)
+            self._kept = last_reads(batch.cache.scored_layers)
+
+    def replay(self, fed: Tensor) -> tuple[Tensor, dict[int, Tensor | None]]:
+        self._fed.copy_(fed)
+        self._graph.replay()
+        return self._said, self._kept
 
 
 def dense_answer(prepared: Prepared, full: Row, question: tuple[int, list[int]], max_new_tokens: int) -> list[int]:

@@ -19,11 +19,11 @@ from transformers.cache_utils import Cache, DynamicLayer
 from squeezed.attention import attend_fixed, attend_own
 from squeezed.cache import FixedLayer, Read
 from squeezed.evaluation.methods.base import Asked, LayerContext, Method, products
-from squeezed.evaluation.methods.squeezed import Squeezed
 from squeezed.models import attention_modules
 from squeezed.ops import merge_attention
 
 NAME = "squeezed-evaluation"
+_BATCHES = (16, 64, 128)  # query tokens that go to the GPU kernels together
 _LOGITS = {"cpu": 2**25, "cuda": 2**28}  # float32 logits held at once
 
 
@@ -54,10 +54,12 @@ class Place:
 
     Attributes:
         lengths: [R] int64 on the device, own tokens that are in the cache.
-        active: [A] int64, rows in the current pass.
+        rows, active: rows in the current pass, as a list and as [A] int64 on the device.
         width: tokens that the current pass feeds to each row.
-        reach: most own tokens of any row after the current pass.
-        bytes: [A, width] float64, bytes of the fixed context read in the current pass, all layers together.
+        reach: own tokens that the pass looks at, at least those of every row after it.
+        places: [A, width] int64, place of each fed token among its row's own.
+        bytes: [A, width] float64, bytes of the fixed context that choosing methods read in the current pass, all layers
+            together.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
@@ -65,19 +67,24 @@ class Place:
         self.host_lengths = [0] * rows
         self.device = device
 
-    def begin(self, active: Sequence[int], width: int) -> None:
-        self.rows = list(active)
+    def begin(self, rows: Sequence[int], width: int, reach: int | None = None) -> None:
+        """Begin a pass; a fixed `reach` makes it one that can be recorded."""
+        self.rows = list(rows)
         self.active = torch.tensor(self.rows, device=self.device)
         self.width = width
-        self.reach = max(self.host_lengths[row] for row in active) + width
-        self.places = self.lengths[self.active].unsqueeze(1) + torch.arange(width, device=self.device)
-        self.bytes = torch.zeros(len(self.rows), width, dtype=torch.float64, device=self.device)
+        self.reach = reach or max(self.host_lengths[row] for row in rows) + width
+        self.restart()
 
-    def accept(self, row: int, tokens: int) -> None:
-        self.host_lengths[row] += tokens
+    def restart(self) -> None:
+        """The part of `begin` that happens on the device, for passes that are replayed."""
+        self.places = self.lengths[self.active].unsqueeze(1) + torch.arange(self.width, device=self.device)
+        self.bytes = torch.zeros(len(self.rows), self.width, dtype=torch.float64, device=self.device)
 
-    def settle(self) -> None:
-        self.lengths = torch.tensor(self.host_lengths, device=self.device)
+    def accept(self, tokens: dict[int, int]) -> None:
+        """Keep the first tokens that a pass fed: how many of each row; the others are overwritten later."""
+        for row, count in tokens.items():
+            self.host_lengths[row] += count
+        self.lengths.copy_(torch.tensor(self.host_lengths))
 
 
 class RowsLayer(DynamicLayer):
@@ -188,10 +195,7 @@ class ScoredLayer(RowsLayer):
         chosen = [at for at, row in enumerate(active) if row not in self.ours]
         for at, row in enumerate(active):
             if row in self.ours:
-                # As a batch of questions of one token each: every query token selects for itself.
-                alone = query[at].transpose(0, 1).unsqueeze(2)
-                found, found_lse = attend_fixed(alone, self.ours[row], None, scale)
-                output[at], lse[at] = found[:, :, 0].transpose(0, 1), found_lse[:, :, 0].T
+                output[at], lse[at] = self._ours(query[at], self.ours[row], scale)
                 if mass:
                     exact[at] = lse[at]
         if chosen:
@@ -204,6 +208,19 @@ class ScoredLayer(RowsLayer):
                 if mass:
                     exact[part, :, block] = results[2]
         return output, lse, exact
+
+    def _ours(self, query: Tensor, layer: FixedLayer, scale: float) -> tuple[Tensor, Tensor]:
+        """[Hq, M, D] by the product, as a batch of questions of one token each: every token selects for itself."""
+        alone = query.transpose(0, 1).unsqueeze(2)
+        count = alone.shape[0]
+        if alone.is_cuda:
+            # Kernels are compiled anew for new sizes of a batch; few sizes are enough.
+            size = next((size for size in _BATCHES if size >= count), -(-count // _BATCHES[-1]) * _BATCHES[-1])
+            alone = torch.cat([alone, alone[-1:].expand(size - count, -1, -1, -1)]) if size > count else alone
+        found, lse = attend_fixed(alone, layer, None, scale)
+        read = layer.reads[-1]
+        layer.reads[-1] = read._replace(kept=None if read.kept is None else read.kept[:, :count], batch=count)
+        return found[:count, :, 0].transpose(0, 1), lse[:count, :, 0].T
 
     def _choose(self, query: Tensor, part: slice, block: slice, mass: bool) -> tuple[Tensor, Tensor, Tensor]:
         """The rows of `part` of the batch, and the queries of `block`."""
@@ -265,17 +282,6 @@ class ScoredLayer(RowsLayer):
 
         return by_row(output), by_row(lse), by_row(lse if exact_mass is None else exact_mass)
 
-    def ours_bytes(self, row: int) -> Tensor:
-        """What our row read for each query token fed so far, in that order: [tokens] float64."""
-        layer = self.ours[row]
-        kept = [read.kept for read in layer.reads]
-        batch = sum(read.batch for read in layer.reads)
-        if any(part is None for part in kept):
-            layer.reads = [Read(slice(None), False, None, batch)]
-        else:
-            layer.reads = [Read(slice(None), False, torch.cat(kept, dim=1), batch)]  # type: ignore[arg-type]
-        return torch.as_tensor(layer.usage().bytes_read, dtype=torch.float64)
-
 
 def _attention(
     module: torch.nn.Module,
@@ -317,6 +323,27 @@ def scoring(model: PreTrainedModel) -> Iterator[None]:
             hook.remove()
 
 
-def is_ours(row: Row) -> bool:
-    """Whether the product attends for this row."""
-    return isinstance(row.method, Squeezed)
+def last_reads(layers: Sequence[ScoredLayer]) -> dict[int, Tensor | None]:
+    """What each of our rows kept in the pass just done, and forget it: row -> [layers, levels, tokens, Hk], or None if
+    it attended to everything."""
+    found: dict[int, Tensor | None] = {}
+    for row in layers[0].ours:
+        kept = []
+        for layer in layers:
+            reads = layer.ours[row].reads
+            if reads and reads[-1].kept is not None:
+                kept.append(reads[-1].kept)
+            reads.clear()
+        found[row] = torch.stack(kept) if kept else None
+    return found
+
+
+def bytes_of(layers: Sequence[ScoredLayer], row: int, kept: Tensor | None, tokens: int) -> Tensor:
+    """Bytes that one of our rows read for each token, [tokens] float64, all layers together, as the product counts."""
+    total = torch.zeros(tokens, dtype=torch.float64)
+    for number, layer in enumerate(layers):
+        fixed = layer.ours[row]
+        fixed.reads = [Read(slice(None), False, None if kept is None else kept[number], tokens)]
+        total += torch.as_tensor(fixed.usage().bytes_read)
+        fixed.reads = []
+    return total
