@@ -151,17 +151,17 @@ def attend_step(
     Args:
         query: [B, Hq, 1, D]; the token's key and value were handed to `layer.own`.
         scale: softmax scale.
-        rope, soon: see :func:`squeezed.decode.own.attend_own`.
+        rope, soon: see :mod:`squeezed.decode.own`.
 
     Returns:
         [B, Hq * D]
     """
     assert layer.own is not None
-    query, parts = own.attend_own(query, layer.own, scale, rope, soon)
+    query, parts = own.attend_own(query, layer.own, scale, rope)
     if isinstance(layer, FixedSlidingLayer):
-        return own.join(parts, None, None, layer.own, query)
+        return own.join(parts, None, None, layer.own, query, soon)
     output, lse, kept = _attend_once(query, layer, scale)
-    return own.join(parts, (output, lse), kept, layer.own, query)
+    return own.join(parts, (output, lse), kept, layer.own, query, soon)
 
 
 def attend_own(

@@ -89,7 +89,7 @@ def test_appending_rotating_attending_and_joining(case: Case) -> None:
     # As a model leaves them: heads side by side in memory.
     query = draw(batch, 1, case.kv_heads * case.group, case.head_dim).transpose(1, 2)
     key, value = (draw(batch, 1, case.kv_heads, case.head_dim).transpose(1, 2) for _ in range(2))
-    angle = torch.rand(batch, case.head_dim, device=DEVICE) * 6
+    angle = torch.rand(case.capacity, case.head_dim, device=DEVICE) * 6
     norms = [draw(case.head_dim).abs() + 0.5 if case.norm else None for _ in range(2)]
     rope = own.Rope(angle.cos().to(case.dtype), angle.sin().to(case.dtype), *norms, 1e-6) if case.rope else None
     fixed = (

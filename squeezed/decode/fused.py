@@ -38,36 +38,41 @@ class _Layer:
 
 
 class FusedModel:
-    """The model's weights, arranged for steps of one question; see :func:`why_not`."""
+    """The model's weights, arranged for steps of one question; see :func:`why_not`.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    Args:
+        first: position of the first own token.
+        capacity: number of own tokens at most.
+    """
+
+    def __init__(self, model: PreTrainedModel, first: int, capacity: int) -> None:
         decoder = model.get_decoder()
         self._embedding = decoder.embed_tokens
-        self._rotary = decoder.rotary_emb
+        positions = torch.arange(first, first + capacity, device=model.device)[None]
+        cos, sin = decoder.rotary_emb(torch.empty(0, dtype=model.dtype, device=model.device), positions)
+        self._cos, self._sin = cos[0].contiguous(), sin[0].contiguous()
         self._norm = _norm(decoder.norm)
         self._head = model.lm_head.weight
         self._layers = [_gather(layer) for layer in decoder.layers]
         config = model.config.get_text_config()
         self._q_heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
 
-    def __call__(self, token: Tensor, position: Tensor, layers: Sequence[FixedLayer]) -> Tensor:
+    def __call__(self, token: Tensor, layers: Sequence[FixedLayer]) -> Tensor:
         """Logits [1, vocabulary] of one token.
 
         Args:
-            token, position: [1, 1] int64.
+            token: [1, 1] int64.
             layers: with their `own` buffers in place.
         """
         from squeezed.decode.linear_triton import gated, project
 
-        embedded = self._embedding(token)
-        cos, sin = self._rotary(embedded, position)
-        x = embedded.view(-1)
+        x = self._embedding(token).view(-1)
         for layer, fixed in zip(self._layers, layers, strict=True):
             attention = layer.attention
             q, k, v = self._split(project(x, layer.qkv, layer.qkv_bias, layer.before_attention))
             assert fixed.own is not None
             fixed.own.hold(k, v)
-            rope = Rope(cos[:, 0].contiguous(), sin[:, 0].contiguous(), *_head_norms(attention))
+            rope = Rope(self._cos, self._sin, *_head_norms(attention))
             mixed = attend_step(q, fixed, attention.scaling, rope, layer.o)
             x = project(mixed.view(-1), (layer.o,), residual=x)
             x = project(gated(x, layer.gate, layer.up, layer.before_mlp), (layer.down,), residual=x)

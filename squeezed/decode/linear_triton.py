@@ -17,6 +17,8 @@ from torch import Tensor
 
 from squeezed.ops.triton import device as dev
 
+_ENOUGH_PROGRAMS = 1200
+
 
 @dataclass(frozen=True)
 class Tiling:
@@ -214,9 +216,13 @@ def gated(x: Tensor, gate: Tensor, up: Tensor, norm: Norm, tiling: Tiling | None
 
 
 def _tiling(x: Tensor, rows: int, matrices: int) -> Tiling:
-    """The fastest measured (docs/results/kernel-notes.md): columns that waste little, rows that fill the machine."""
+    """Near the fastest measured for every shape (docs/results/kernel-notes.md), with few columns read in vain."""
     if dev.INTERPRETED:
         return Tiling(64, 512)
-    columns = next(size for size in (1024, 512, 256, 128) if x.shape[0] % size == 0 or size == 128)
-    wide = x.element_size() // 2
-    return Tiling(max(1, 4 // (matrices * max(1, wide))), columns)
+    count = x.shape[0]
+    wide = matrices > 1 or rows >= 2**16
+    fitting = [size for size in (2048, 1024, 512, 256, 128) if -(-count // size) * size <= 1.15 * count]
+    columns = max((size for size in fitting if size <= (2048 if wide else 512)), default=128)
+    # Four rows share what is read of x, if that leaves enough programs to fill the machine.
+    each = 2 if wide or rows < 4 * _ENOUGH_PROGRAMS else 4
+    return Tiling(max(1, each // (x.element_size() // 2)), columns)

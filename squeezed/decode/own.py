@@ -16,7 +16,7 @@ class Rope(NamedTuple):
     """How the model turns and normalises a new token's queries and keys; for a step that does it itself.
 
     Attributes:
-        cos, sin: [B, head_dim] of the token's position.
+        cos, sin: [capacity, head_dim] of the position that each slot stands for.
         query_norm, key_norm: [head_dim] weights of an RMS norm per head, or None.
         eps: of those norms.
     """
@@ -71,16 +71,13 @@ class Parts(NamedTuple):
     lse: Tensor
 
 
-def attend_own(
-    query: Tensor, own: OwnTokens, scale: float, rope: Rope | None = None, soon: Tensor | None = None
-) -> tuple[Tensor, Parts]:
+def attend_own(query: Tensor, own: OwnTokens, scale: float, rope: Rope | None = None) -> tuple[Tensor, Parts]:
     """Put this step's token into its slot and attend to the own tokens, itself included.
 
     Args:
         query: [B, Hq, 1, D].
         scale: softmax scale.
         rope: None if query and the pending key are rotated already.
-        soon: weights that are wanted after this attention; a GPU may start to bring them into its cache.
 
     Returns:
         the rotated query [B, Hq, 1, D] and the attention in parts.
@@ -88,12 +85,12 @@ def attend_own(
     if ops.uses_triton(query):
         from squeezed.decode import own_triton
 
-        return own_triton.attend_own(query, own, scale, rope, soon)
+        return own_triton.attend_own(query, own, scale, rope)
     assert own.pending is not None
     key, value = own.pending
-    if rope is not None:
-        query, key = rotated(query, rope.query_norm, rope), rotated(key, rope.key_norm, rope)
     row, slot = torch.arange(key.shape[0], device=key.device), own.lengths.long()
+    if rope is not None:
+        query, key = rotated(query, slot, rope.query_norm, rope), rotated(key, slot, rope.key_norm, rope)
     own.keys[row, :, slot] = key[:, :, 0]
     own.values[row, :, slot] = value[:, :, 0]
     place = torch.arange(own.capacity, device=key.device)
@@ -108,26 +105,33 @@ def attend_own(
     return query, Parts(output.unsqueeze(2), logits.logsumexp(-1).unsqueeze(2))
 
 
-def rotated(states: Tensor, norm: Tensor | None, rope: Rope) -> Tensor:
-    """[B, H, 1, D] after the RMS norm per head, if there is one, and RoPE by halves."""
+def rotated(states: Tensor, slot: Tensor, norm: Tensor | None, rope: Rope) -> Tensor:
+    """[B, H, 1, D] after the RMS norm per head, if there is one, and RoPE by halves, for slots [B]."""
     wide = states.float()
     if norm is not None:
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + rope.eps) * norm.float()
     low, high = wide.chunk(2, dim=-1)
     turned = torch.cat([-high, low], dim=-1)
-    return (wide * rope.cos.float()[:, None, None] + turned * rope.sin.float()[:, None, None]).to(states.dtype)
+    cos, sin = (table[slot].float()[:, None, None] for table in (rope.cos, rope.sin))
+    return (wide * cos + turned * sin).to(states.dtype)
 
 
 def join(
-    parts: Parts, fixed: tuple[Tensor, Tensor] | None, kept: Tensor | None, own: OwnTokens, like: Tensor
+    parts: Parts,
+    fixed: tuple[Tensor, Tensor] | None,
+    kept: Tensor | None,
+    own: OwnTokens,
+    like: Tensor,
+    soon: Tensor | None = None,
 ) -> Tensor:
     """All of a step's attention as one, and what was kept added to the count.
 
     Args:
         parts: of the own tokens.
-        fixed: output [B, Hq, 1, D] float32 and lse [B, Hq, 1] of the fixed part; None for a layer without one.
+        fixed: output [B, Hq, 1, D] and lse [B, Hq, 1] of the fixed part; None for a layer without one.
         kept: [levels, B, kv_heads], see `squeezed.ops.attend_fixed`; None if everything was attended.
         like: the result gets this tensor's dtype.
+        soon: weights that are wanted next; a GPU may begin to bring them into its cache.
 
     Returns:
         [B, Hq * D]
@@ -135,7 +139,7 @@ def join(
     if ops.uses_triton(parts.output):
         from squeezed.decode import own_triton
 
-        return own_triton.join(parts, fixed, kept, own, like)
+        return own_triton.join(parts, fixed, kept, own, like, soon)
     batch, kv_heads, count, group, dim = parts.output.shape
     sets = [
         (parts.output[:, :, i].reshape(batch, -1, dim), parts.lse[:, :, i].reshape(batch, -1)) for i in range(count)

@@ -12,12 +12,12 @@ from torch import Tensor
 from squeezed.decode.own import OwnTokens, Parts, Rope
 from squeezed.ops.triton import device as dev
 
-# A part is read by one program from its beginning to its end: short enough that this takes a few microseconds.
-_SLOTS_PER_PART, _MOST_PARTS = 128, 16
+# A part is read by one program from its beginning to its end: short enough that this takes few microseconds.
+_SLOTS_PER_PART, _MOST_PARTS = 32, 16
 _BLOCK_SLOTS = 32
 # Weights are brought into the cache in pieces of one instruction each.
 _PIECE, _PIECES_PER_PROGRAM = tl.constexpr(8192), tl.constexpr(128)
-_MOST_PREFETCHED = 24 * 2**20  # about what the cache holds beside the keys that are read meanwhile
+_MOST_PREFETCHED = 8 * 2**20  # about what is read while the parts are joined
 
 
 @triton.jit
@@ -68,8 +68,6 @@ def _attend_own(
     query_out,
     part_out,
     part_lse,
-    soon,
-    soon_bytes,
     scale,
     query_batch,
     query_head,
@@ -81,7 +79,6 @@ def _attend_own(
     capacity,
     window,
     parts,
-    programs,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -90,74 +87,66 @@ def _attend_own(
     PDL: tl.constexpr,
 ):
     program = tl.program_id(0)
-    if program >= programs:
-        if soon is not None:
-            _prefetch(soon, soon_bytes, program - programs)
-    else:
-        part = program % parts
-        problem = program // parts
-        batch = (problem // kv_heads).to(tl.int64)
-        head = problem % kv_heads
-        row = tl.arange(0, BLOCK_R)
-        dim = tl.arange(0, HEAD_DIM)
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
-        if cos is not None:
-            cos += batch * HEAD_DIM
-            sin += batch * HEAD_DIM
-        dtype = own_keys.dtype.element_ty
-        query_rows = query + batch * query_batch + (head * GROUP + row)[:, None] * query_head
-        q = _rotated(query_rows, (row < GROUP)[:, None], query_norm, eps, cos, sin, HEAD_DIM).to(dtype)
-        one = tl.arange(0, 1)
-        key_row = key + batch * key_batch + (head + one)[:, None] * key_head
-        k = tl.sum(_rotated(key_row, (one < 1)[:, None], key_norm, eps, cos, sin, HEAD_DIM), axis=0).to(dtype)
-        v = tl.load(value + batch * value_batch + head * value_head + dim).to(dtype)
-        length = tl.load(lengths + batch)
-        own = (batch * kv_heads + head) * capacity * HEAD_DIM
-        first_part = part == 0
-        if first_part:
-            tl.store(own_keys + own + length * HEAD_DIM + dim, k)
-            tl.store(own_values + own + length * HEAD_DIM + dim, v)
-            if query_out is not None:
-                place = (batch * kv_heads + head) * GROUP + row
-                tl.store(query_out + place[:, None] * HEAD_DIM + dim[None, :], q, mask=(row < GROUP)[:, None])
-        # The new token is attended from registers, by the first part; the others begin empty.
-        logit = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], axis=1) * scale
-        top = tl.where(first_part, logit, float("-inf"))
-        total = tl.where(first_part, 1.0, 0.0) + tl.zeros([BLOCK_R], tl.float32)
-        acc = total[:, None] * v.to(tl.float32)[None, :]
-        begin = tl.maximum(0, length + 1 - window)
-        share = tl.cdiv(tl.cdiv(length - begin, BLOCK_N), parts) * BLOCK_N
-        start = begin + part * share
-        stop = tl.minimum(start + share, length)
-        for block in range(start, stop, BLOCK_N):
-            slot = block + tl.arange(0, BLOCK_N)
-            inside = slot < stop
-            place = own + slot[:, None] * HEAD_DIM + dim[None, :]
-            old_k = tl.load(own_keys + place, mask=inside[:, None], other=0.0)
-            old_v = tl.load(own_values + place, mask=inside[:, None], other=0.0)
-            logits = tl.dot(q, tl.trans(old_k), input_precision=PRECISION) * scale
-            logits = tl.where(inside[None, :], logits, float("-inf"))
-            new_top = tl.maximum(top, tl.max(logits, axis=1))
-            weight = tl.exp(logits - new_top[:, None])
-            rescale = tl.exp(top - new_top)
-            total = total * rescale + tl.sum(weight, axis=1)
-            acc = tl.dot(weight.to(dtype), old_v, acc * rescale[:, None], input_precision=PRECISION)
-            top = new_top
-        empty = total == 0
-        inverse = 1.0 / tl.where(empty, 1.0, total)
-        lse = tl.where(empty, float("-inf"), top + tl.log(tl.where(empty, 1.0, total)))
-        place = program.to(tl.int64) * GROUP + row
-        tl.store(
-            part_out + place[:, None] * HEAD_DIM + dim[None, :], acc * inverse[:, None], mask=(row < GROUP)[:, None]
-        )
-        tl.store(part_lse + place, lse, mask=row < GROUP)
+    part = program % parts
+    problem = program // parts
+    batch = (problem // kv_heads).to(tl.int64)
+    head = problem % kv_heads
+    row = tl.arange(0, BLOCK_R)
+    dim = tl.arange(0, HEAD_DIM)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    length = tl.load(lengths + batch)
+    if cos is not None:
+        cos += length * HEAD_DIM
+        sin += length * HEAD_DIM
+    dtype = own_keys.dtype.element_ty
+    query_rows = query + batch * query_batch + (head * GROUP + row)[:, None] * query_head
+    q = _rotated(query_rows, (row < GROUP)[:, None], query_norm, eps, cos, sin, HEAD_DIM).to(dtype)
+    one = tl.arange(0, 1)
+    key_row = key + batch * key_batch + (head + one)[:, None] * key_head
+    k = tl.sum(_rotated(key_row, (one < 1)[:, None], key_norm, eps, cos, sin, HEAD_DIM), axis=0).to(dtype)
+    v = tl.load(value + batch * value_batch + head * value_head + dim).to(dtype)
+    own = (batch * kv_heads + head) * capacity * HEAD_DIM
+    first_part = part == 0
+    if first_part:
+        tl.store(own_keys + own + length * HEAD_DIM + dim, k)
+        tl.store(own_values + own + length * HEAD_DIM + dim, v)
+        if query_out is not None:
+            place = (batch * kv_heads + head) * GROUP + row
+            tl.store(query_out + place[:, None] * HEAD_DIM + dim[None, :], q, mask=(row < GROUP)[:, None])
+    # The new token is attended from registers, by the first part; the others begin empty.
+    logit = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], axis=1) * scale
+    top = tl.where(first_part, logit, float("-inf"))
+    total = tl.where(first_part, 1.0, 0.0) + tl.zeros([BLOCK_R], tl.float32)
+    acc = total[:, None] * v.to(tl.float32)[None, :]
+    begin = tl.maximum(0, length + 1 - window)
+    share = tl.cdiv(tl.cdiv(length - begin, BLOCK_N), parts) * BLOCK_N
+    start = begin + part * share
+    stop = tl.minimum(start + share, length)
+    for block in range(start, stop, BLOCK_N):
+        slot = block + tl.arange(0, BLOCK_N)
+        inside = slot < stop
+        place = own + slot[:, None] * HEAD_DIM + dim[None, :]
+        old_k = tl.load(own_keys + place, mask=inside[:, None], other=0.0)
+        old_v = tl.load(own_values + place, mask=inside[:, None], other=0.0)
+        logits = tl.dot(q, tl.trans(old_k), input_precision=PRECISION) * scale
+        logits = tl.where(inside[None, :], logits, float("-inf"))
+        new_top = tl.maximum(top, tl.max(logits, axis=1))
+        weight = tl.exp(logits - new_top[:, None])
+        rescale = tl.exp(top - new_top)
+        total = total * rescale + tl.sum(weight, axis=1)
+        acc = tl.dot(weight.to(dtype), old_v, acc * rescale[:, None], input_precision=PRECISION)
+        top = new_top
+    empty = total == 0
+    inverse = 1.0 / tl.where(empty, 1.0, total)
+    lse = tl.where(empty, float("-inf"), top + tl.log(tl.where(empty, 1.0, total)))
+    place = program.to(tl.int64) * GROUP + row
+    tl.store(part_out + place[:, None] * HEAD_DIM + dim[None, :], acc * inverse[:, None], mask=(row < GROUP)[:, None])
+    tl.store(part_lse + place, lse, mask=row < GROUP)
 
 
-def attend_own(
-    query: Tensor, own: OwnTokens, scale: float, rope: Rope | None = None, soon: Tensor | None = None
-) -> tuple[Tensor, Parts]:
+def attend_own(query: Tensor, own: OwnTokens, scale: float, rope: Rope | None = None) -> tuple[Tensor, Parts]:
     """See :func:`squeezed.decode.own.attend_own`; the rows of query, key and value must be contiguous."""
     assert own.pending is not None
     key, value = own.pending
@@ -167,14 +156,10 @@ def attend_own(
     assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
     visible = own.capacity if own.window is None else min(own.window, own.capacity)
     parts = min(_MOST_PARTS, triton.cdiv(visible, _SLOTS_PER_PART))
-    programs = batch * kv_heads * parts
     rotated = query if rope is None else query.new_empty(batch, q_heads, 1, head_dim)
     output = query.new_empty(batch, kv_heads, parts, group, head_dim, dtype=torch.float32)
     lse = query.new_empty(batch, kv_heads, parts, group, dtype=torch.float32)
-    soon_bytes = 0 if soon is None or dev.INTERPRETED else min(soon.nbytes, _MOST_PREFETCHED)
-    if not dev.has_dependent_launch(query.device) or soon_bytes < _PIECE.value:
-        soon, soon_bytes = None, 0
-    _attend_own[(programs + triton.cdiv(soon_bytes, _PIECE.value * _PIECES_PER_PROGRAM.value),)](
+    _attend_own[(batch * kv_heads * parts,)](
         query,
         key,
         value,
@@ -186,8 +171,6 @@ def attend_own(
         None if rope is None else rotated,
         output,
         lse,
-        soon,
-        soon_bytes,
         scale,
         *query.stride()[:2],
         *key.stride()[:2],
@@ -196,7 +179,6 @@ def attend_own(
         own.capacity,
         own.capacity + 1 if own.window is None else own.window,
         parts,
-        programs,
         GROUP=group,
         HEAD_DIM=head_dim,
         BLOCK_R=dev.padded_rows(group),
@@ -218,9 +200,12 @@ def _join(
     tally,
     running,
     output,
+    soon,
+    soon_bytes,
     batch_size,
     kv_heads,
     parts,
+    programs,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
@@ -228,65 +213,83 @@ def _join(
     LEVELS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    member = tl.program_id(0)
-    problem = tl.program_id(1)
-    dim = tl.arange(0, HEAD_DIM)
-    part = tl.arange(0, BLOCK_PARTS)
-    place = (problem * parts + part) * GROUP + member
-    lse = tl.load(part_lse + place, mask=part < parts, other=float("-inf"))
-    out = tl.load(part_out + place[:, None] * HEAD_DIM + dim[None, :], mask=(part < parts)[:, None], other=0.0)
-    row = problem * GROUP + member
-    top = tl.max(lse, axis=0)
-    if fixed_out is not None:
-        lse_fixed = tl.load(fixed_lse + row)
-        top = tl.maximum(top, lse_fixed)
-    weight = tl.exp(lse - top)
-    total = tl.sum(weight, axis=0)
-    joined = tl.sum(weight[:, None] * out, axis=0)
-    if fixed_out is not None:
-        weight_fixed = tl.exp(lse_fixed - top)
-        total += weight_fixed
-        joined += weight_fixed * tl.load(fixed_out + row * HEAD_DIM + dim).to(tl.float32)
-    tl.store(output + row * HEAD_DIM + dim, (joined / total).to(output.dtype.element_ty))
-    if kept is not None:
-        batch = problem // kv_heads
-        if (problem % kv_heads == 0) & (member == 0):
-            head = tl.arange(0, BLOCK_HEADS)
-            counts = tl.load(running)
-            for level in tl.static_range(LEVELS):
-                found = tl.load(kept + (level * batch_size + batch) * kv_heads + head, mask=head < kv_heads, other=0)
-                where_tally = tally + level * batch_size + batch
-                tl.store(where_tally, tl.load(where_tally) + tl.sum(found.to(tl.int64), axis=0) * counts)
+    row = tl.program_id(0)
+    if row >= programs:
+        # Weights depend on nothing: they are on their way while the launch before this one still runs.
+        if soon is not None:
+            _prefetch(soon, soon_bytes, row - programs)
+    else:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        problem = row // GROUP
+        member = row % GROUP
+        dim = tl.arange(0, HEAD_DIM)
+        part = tl.arange(0, BLOCK_PARTS)
+        place = (problem * parts + part) * GROUP + member
+        lse = tl.load(part_lse + place, mask=part < parts, other=float("-inf"))
+        out = tl.load(part_out + place[:, None] * HEAD_DIM + dim[None, :], mask=(part < parts)[:, None], other=0.0)
+        top = tl.max(lse, axis=0)
+        if fixed_out is not None:
+            lse_fixed = tl.load(fixed_lse + row)
+            top = tl.maximum(top, lse_fixed)
+        weight = tl.exp(lse - top)
+        total = tl.sum(weight, axis=0)
+        joined = tl.sum(weight[:, None] * out, axis=0)
+        if fixed_out is not None:
+            weight_fixed = tl.exp(lse_fixed - top)
+            total += weight_fixed
+            joined += weight_fixed * tl.load(fixed_out + row * HEAD_DIM + dim).to(tl.float32)
+        tl.store(output + row * HEAD_DIM + dim, (joined / total).to(output.dtype.element_ty))
+        if kept is not None:  # noqa: SIM102
+            if row % (kv_heads * GROUP) == 0:
+                batch = problem // kv_heads
+                head = tl.arange(0, BLOCK_HEADS)
+                counts = tl.load(running)
+                for level in tl.static_range(LEVELS):
+                    where_kept = kept + (level * batch_size + batch) * kv_heads + head
+                    found = tl.load(where_kept, mask=head < kv_heads, other=0).to(tl.int64)
+                    where_tally = tally + level * batch_size + batch
+                    tl.store(where_tally, tl.load(where_tally) + tl.sum(found, axis=0) * counts)
 
 
 def join(
-    parts: Parts, fixed: tuple[Tensor, Tensor] | None, kept: Tensor | None, own: OwnTokens, like: Tensor
+    parts: Parts,
+    fixed: tuple[Tensor, Tensor] | None,
+    kept: Tensor | None,
+    own: OwnTokens,
+    like: Tensor,
+    soon: Tensor | None = None,
 ) -> Tensor:
     """See :func:`squeezed.decode.own.join`."""
     batch, kv_heads, count, group, head_dim = parts.output.shape
+    programs = batch * kv_heads * group
     if own.kept is None:
         kept = None
+    soon_bytes = 0 if soon is None else min(soon.nbytes, _MOST_PREFETCHED)
+    if soon_bytes < _PIECE.value or not dev.has_dependent_launch(like.device):
+        soon, soon_bytes = None, 0
     output = like.new_empty(batch, kv_heads * group * head_dim)
-    _join[(group, batch * kv_heads)](
+    _join[(programs + triton.cdiv(soon_bytes, _PIECE.value * _PIECES_PER_PROGRAM.value),)](
         *parts,
         *(fixed or (None, None)),
         kept,
         own.kept,
         own.running,
         output,
+        soon,
+        soon_bytes,
         batch,
         kv_heads,
         count,
+        programs,
         GROUP=group,
         HEAD_DIM=head_dim,
         BLOCK_PARTS=triton.next_power_of_2(count),
         BLOCK_HEADS=triton.next_power_of_2(kv_heads),
         LEVELS=0 if kept is None else kept.shape[0],
         PDL=dev.has_dependent_launch(like.device),
-        num_warps=2,
+        num_warps=4,
         **dev.launch_options(like.device),
     )
     return output

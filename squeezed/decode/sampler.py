@@ -63,7 +63,7 @@ class Sampler:
             # The largest of exponentially distributed times, scaled, is a draw: nothing has to be read to make it.
             token = (scores.softmax(-1) / torch.empty_like(scores).exponential_()).argmax(-1, keepdim=True)
         else:
-            token = scores.argmax(-1, keepdim=True)
+            token = largest(scores)
         if self._seen is not None:
             self._seen.scatter_(1, token, True)
         if sampling.stops:
@@ -71,6 +71,19 @@ class Sampler:
                 token = token.masked_fill(self.finished[:, None], sampling.pad)
             self.finished |= (token == self._stops).any(-1)
         return token
+
+
+def largest(scores: Tensor) -> Tensor:
+    """Index [B, 1] of the first of the largest scores [B, V]."""
+    piece = next((size for size in (512, 256, 128, 64) if scores.shape[-1] % size == 0), None)
+    # A GPU gives one long row to few programs.
+    return scores.argmax(-1, keepdim=True) if piece is None or not scores.is_cuda else _in_two_rounds(scores, piece)
+
+
+def _in_two_rounds(scores: Tensor, piece: int) -> Tensor:
+    best, place = scores.unflatten(-1, (-1, piece)).max(-1)
+    winner = best.argmax(-1, keepdim=True)
+    return winner * piece + place.gather(-1, winner)
 
 
 def nucleus(scores: Tensor, top_p: float) -> Tensor:

@@ -144,8 +144,8 @@ class DecodeStep:
             return None
         expected = self._forward()
         self._restore(state)
-        found = fused.FusedModel(self.model)
-        logits = found(self.token, self._position, self.cache.layers)
+        found = fused.FusedModel(self.model, self.cache.fixed_tokens, self.capacity)
+        logits = found(self.token, self.cache.layers)
         self._restore(state)
         return found if fused.close(logits, expected) else None
 
@@ -178,7 +178,7 @@ class DecodeStep:
 
     def _forward(self) -> Tensor:
         if self._fused is not None:
-            return self._fused(self.token, self._position, self.cache.layers)
+            return self._fused(self.token, self.cache.layers)
         with attached(self.model):
             output = self.model(
                 input_ids=self.token,
