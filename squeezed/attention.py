@@ -172,6 +172,8 @@ def attend_own(
     query [B, Hq, M, D]; key, value [B, Hk, L, D]; attention_mask [B, 1, M, L] bool. A padding query sees nothing: its
     output is 0 and its lse -inf.
     """
+    if query.shape[0] == 1 and query.shape[2] == key.shape[2] and dense.serves(query, key[0]):
+        return dense.attend_causal(query, key, value, scale)  # a single question has no padding
     batch, q_heads, queries, dim = query.shape
     kv_heads, length = key.shape[1:3]
     # The heads of a group are rows of one product: broadcasting over them would copy the keys for each.

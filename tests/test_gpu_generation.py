@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from squeezed.answer import Conversation, Decoding, ask
-from squeezed.attention import attached
+from squeezed.attention import attached, attend_own
 from squeezed.cache import FixedLayer, Selection
 from squeezed.context import FixedContext
 from squeezed.decode import loop
@@ -211,6 +211,21 @@ def test_dense_kernels_give_output_and_log_sum_exp(
     exact = _exact(query, keys, values, 1000, 0.1)
     assert tiny.relative_error(found, exact[0]) < 1e-2
     torch.testing.assert_close(lse.double(), exact[1], rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("q_heads", "kv_heads", "dim"), [(8, 8, 64), (8, 2, 128), (4, 1, 256)])
+def test_a_questions_own_tokens_by_the_vendors_kernel(
+    q_heads: int, kv_heads: int, dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query = torch.randn(1, q_heads, 37, dim, device="cuda").to(dtype)
+    key, value = (torch.randn(1, kv_heads, 37, dim, device="cuda").to(dtype) for _ in range(2))
+    mask = torch.ones(1, 1, 37, 37, dtype=torch.bool, device="cuda").tril()
+    found = attend_own(query, key, value, mask, 0.1)
+    monkeypatch.setattr(dense, "serves", lambda *_: False)
+    exact = attend_own(query.double(), key, value, mask, 0.1)
+    assert tiny.relative_error(found[0], exact[0]) < 1e-2
+    torch.testing.assert_close(found[1], exact[1], rtol=1e-3, atol=2e-3)
 
 
 def _exact(query: Tensor, keys: Tensor, values: Tensor, end: int, scale: float) -> tuple[Tensor, Tensor]:

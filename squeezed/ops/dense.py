@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 _aten = torch.ops.aten
-_FEW, _MANY = 1, 128
+_FEW, _MANY = 1, 256
 _failed: set[tuple[str, torch.dtype, int, int]] = set()
 
 
@@ -50,6 +50,15 @@ def attend_dense(query: Tensor, keys: Tensor, values: Tensor, end: int, scale: f
             continue
         return output.contiguous(), lse.reshape(batch, q_heads, -1)[..., :queries]
     raise AssertionError("FlashAttention-2 is always tried")
+
+
+def attend_causal(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of M tokens to one another, each to itself and those before it; results as `attend_dense`.
+
+    query [B, Hq, M, D], keys and values [B, Hk, M, D], float16 or bfloat16.
+    """
+    output, lse, *_ = _aten._scaled_dot_product_flash_attention(query, keys, values, 0.0, True, False, scale=scale)
+    return output, lse[..., : query.shape[2]]
 
 
 def _cudnn(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, ...]:
