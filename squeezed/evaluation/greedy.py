@@ -20,6 +20,7 @@ from squeezed.evaluation.rows import Row, bytes_of, last_reads, scoring
 
 _CHECKED = 32  # guessed tokens checked in one pass while a row follows the dense answer
 _GUESSED = 8  # and where it has left it
+_WIDTH = 24  # tokens per row of a pass on a GPU, question and guesses alike, so that passes can be replayed
 _NGRAM = 3  # last tokens that have to agree with a place for its continuation to be guessed
 _LOGITS = 2**31  # bytes of vocabulary logits held at once
 
@@ -104,9 +105,10 @@ class _Batch:
         self.subject = prepared.subject
         self.most = max_new_tokens
         self.dense, self.guesses = list(dense), guesses
-        self.capacity = len(self.ids) + max_new_tokens + _CHECKED + _GUESSED
+        self.capacity = len(self.ids) + max_new_tokens + _CHECKED + _WIDTH
         self.cache: RowsCache = prepared.rows(rows, given_up, self.capacity)
         self.answers: list[list[int]] = [[] for _ in rows]
+        self.pending: list[list[int]] = [list(self.ids) for _ in rows]  # decided on, not fed yet
         self.done = [False] * len(rows)
         self.read: list[list[Tensor]] = [[] for _ in rows]  # bytes of accepted tokens, pass by pass
         self.kept: list[list[Tensor | None]] = [[] for _ in rows]  # ours: what accepted tokens kept
@@ -121,37 +123,47 @@ class _Batch:
             budgets = self._budgets()
         return [RowAnswer(answer, budget) for answer, budget in zip(self.answers, budgets, strict=True)]
 
-    def _guess(self, row: int, most: int) -> list[int]:
+    def _guess(self, row: int, room: int) -> list[int]:
         """Tokens that may follow what the row has answered so far."""
         answer = self.answers[row]
-        left = min(self.most - len(answer) - 1, most)
+        left = max(0, min(self.most - len(answer) - 1, room))
         if answer == self.dense[: len(answer)] and len(self.dense) > len(answer):
             return self.dense[len(answer) : len(answer) + left]
         return self.guesses.propose([*self.ids, *answer], min(left, _GUESSED))
 
     def _pass(self, rows: list[int]) -> None:
         """Feed each row what it has decided on and a guess; keep what it would have said itself."""
-        first, self.passes = self.passes == 0, self.passes + 1
-        # On a GPU later passes have one width, so that they can be recorded and replayed.
-        fixed_width = not first and self.subject.device.type == "cuda"
-        guesses = {row: self._guess(row, _GUESSED if fixed_width else _CHECKED) for row in rows}
-        known = {row: self.ids if first else self.answers[row][-1:] for row in rows}
-        keep = 1 + (_GUESSED if fixed_width else max(len(guess) for guess in guesses.values()))
-        fed_rows = rows
-        if fixed_width and self.passes > 2:
-            self.recorded = self.recorded or _Recorded(self, rows, keep)
-            fed_rows = self.recorded.rows
-        fed = torch.zeros(len(fed_rows), len(known[rows[0]]) + keep - 1, dtype=torch.int64)
-        for at, row in enumerate(fed_rows):
-            if row in guesses:
-                tokens = [*known[row], *guesses[row]]
-                fed[at, : len(tokens)] = torch.tensor(tokens)
-        if self.recorded is not None:
-            said, kept = self.recorded.replay(fed)
+        recordable = _can_record(self.subject.device)
+        known = {row: self.pending[row][: _WIDTH if recordable else None] for row in rows}
+        guesses = {
+            row: []
+            if len(known[row]) < len(self.pending[row])
+            else self._guess(row, _WIDTH - len(known[row]) if recordable else _CHECKED)
+            for row in rows
+        }
+        if recordable:
+            said, kept, fed_rows = self._recorded_pass(rows, known, guesses)
         else:
-            self.cache.place.begin(fed_rows, fed.shape[1], self.capacity if fixed_width else None)
-            said, kept = self.step(fed.to(self.subject.device), keep), last_reads(self.cache.scored_layers)
+            width = max(len(known[row]) + len(guesses[row]) for row in rows)
+            keep = width - min(map(len, known.values())) + 1
+            self.cache.place.begin(rows, width)
+            fed = _padded([[*known[row], *guesses[row]] for row in rows], width)
+            said, kept, fed_rows = self.step(fed, keep), last_reads(self.cache.scored_layers), rows
         self._accept(fed_rows, known, guesses, said.tolist(), kept)
+        self.passes += 1
+
+    def _recorded_pass(
+        self, rows: list[int], known: dict[int, list[int]], guesses: dict[int, list[int]]
+    ) -> tuple[Tensor, dict[int, Tensor | None], list[int]]:
+        """All rows at a fixed width; the first pass as it is, the second is recorded, later ones are replayed."""
+        every = list(range(len(self.answers)))
+        fed = _padded([[*known.get(row, []), *guesses.get(row, [])] for row in every], _WIDTH)
+        if self.passes == 0:
+            self.cache.place.begin(every, _WIDTH, self.capacity)
+            said = self.step(fed.to(self.subject.device), _WIDTH)
+            return said, last_reads(self.cache.scored_layers), every
+        self.recorded = self.recorded or _Recorded(self)
+        return *self.recorded.replay(fed), every
 
     def _accept(
         self,
@@ -165,7 +177,14 @@ class _Batch:
         for at, row in enumerate(fed_rows):
             if row not in guesses:
                 continue
-            taken[row] = len(known[row]) + self._take(row, guesses[row], said[at])
+            fed = len(known[row])
+            taken[row] = fed
+            self.pending[row] = self.pending[row][fed:]
+            if not self.pending[row]:
+                # `said` covers the pass's last positions; the first that counts is that of the last known token.
+                first = fed - 1 - (self.cache.place.width - len(said[at]))
+                taken[row] += self._take(row, guesses[row], said[at][first:])
+                self.pending[row] = self.answers[row][-1:]
             if row in kept:
                 own = kept[row]
                 self.kept[row].append(None if own is None else own[:, :, : taken[row]].clone())
@@ -218,20 +237,33 @@ class _Recorded:
     A pass of the same shape has to have run before, so that everything that is made once is there.
     """
 
-    def __init__(self, batch: _Batch, rows: list[int], width: int) -> None:
-        self.rows, self._place = rows, batch.cache.place
-        self._place.begin(rows, width, batch.capacity)
-        self._fed = torch.zeros(len(rows), width, dtype=torch.int64, device=batch.subject.device)
+    def __init__(self, batch: _Batch) -> None:
+        place = batch.cache.place
+        rows = len(batch.answers)
+        place.begin(list(range(rows)), _WIDTH, batch.capacity)
+        self._fed = torch.zeros(rows, _WIDTH, dtype=torch.int64, device=batch.subject.device)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._place.restart()
-            self._said = batch.step(self._fed, width)
+            place.restart()
+            self._said = batch.step(self._fed, _WIDTH)
             self._kept = last_reads(batch.cache.scored_layers)
 
     def replay(self, fed: Tensor) -> tuple[Tensor, dict[int, Tensor | None]]:
         self._fed.copy_(fed)
         self._graph.replay()
         return self._said, self._kept
+
+
+def _can_record(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _padded(rows: list[list[int]], width: int) -> Tensor:
+    """[rows, width] int64; what stands behind a row's own tokens changes nothing before it."""
+    fed = torch.zeros(len(rows), width, dtype=torch.int64)
+    for at, tokens in enumerate(rows):
+        fed[at, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+    return fed
 
 
 def dense_answer(prepared: Prepared, full: Row, question: tuple[int, list[int]], max_new_tokens: int) -> list[int]:

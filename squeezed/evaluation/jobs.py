@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from squeezed.errors import InputError
-from squeezed.evaluation.data import read_json, read_text, text_files
+from squeezed.evaluation.data import read_json
 from squeezed.evaluation.sample import Sample
 from squeezed.evaluation.settings import RunConfig
-from squeezed.template import encode_prefix
 
 QUESTION_ROOM, ANSWER_ROOM = 160, 128  # tokens of a length that are left to question and answer
 CONTINUED = 256  # held-out tokens behind each text
 MOST_HELD_OUT_SHARE = 0.25
+ESSAYS = "PaulGrahamEssays.json"
 
 
 @dataclass(frozen=True)
@@ -93,43 +95,38 @@ def template_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def passages(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Passage]:
-    """Jobs of TEXT_SUITES: evenly spaced passages of the text, each with its continuation."""
-    text = _text(config.data)
-    spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-    chat = bool(getattr(tokenizer, "chat_template", None))
-    head = len(encode_prefix(tokenizer, ".", chat)[0].ids)
-    for length in config.lengths:
-        held_out = min(CONTINUED, int(MOST_HELD_OUT_SHARE * length))
-        inside = length - head - held_out
-        needed = inside + held_out
-        if len(spans) < needed:
-            raise InputError(
-                f"the text has {len(spans)} tokens, {needed - len(spans)} fewer than a length of {length} takes; "
-                "give more text to --data or a smaller --length"
-            )
-        last = len(spans) - needed
-        for number in range(config.samples):
-            first = round(last * number / max(1, config.samples - 1))
-            begin, middle, end = spans[first][0], spans[first + inside][0], spans[first + needed - 1][1]
-            # A fixed context loses the blanks at its end; they belong to the continuation then.
-            middle -= len(text[begin:middle]) - len(text[begin:middle].rstrip())
-            identity = f"{config.suite}/{length}/{number}"
-            yield Passage(length, identity, text[begin:middle], text[middle:end])
+    """Jobs of TEXT_SUITES: passages of the text, each with its continuation."""
+    from squeezed.evaluation.suites import token_functions
+    from squeezed.evaluation.suites.texts import text_pairs
+
+    count_tokens, _ = token_functions(tokenizer)
+    with _text_folder(config.data) as path:
+        for length in config.lengths:
+            held_out = min(CONTINUED, int(MOST_HELD_OUT_SHARE * length))
+            inside = length - template_tokens(tokenizer) - held_out
+            for pair in text_pairs(path, inside, held_out, config.samples, config.seed, count_tokens):
+                yield Passage(length, f"{pair.id}/{length}", pair.context, pair.continuation)
 
 
-def _text(data: str) -> str:
-    """All text of a file or folder. RULER's essays are one JSON file with the text under `text`."""
+@contextmanager
+def _text_folder(data: str) -> Iterator[Path]:
+    """The text files that are read. RULER's essays are one JSON file with the text under `text`."""
     if not data:
         from squeezed.demo import manual_path
 
-        return read_text(Path(manual_path()))
+        yield Path(manual_path())
+        return
     path = Path(data)
     if not path.exists():
         raise InputError(f"{path} does not exist; give a text file or a folder of some to --data")
-    essays = path if path.suffix == ".json" else path / "PaulGrahamEssays.json"
-    if essays.is_file():
-        content = read_json(essays)
-        if not isinstance(content, dict) or not isinstance(content.get("text"), str):
-            raise InputError(f"{essays} has no text: expected an object with a string under text")
-        return str(content["text"])
-    return "\n\n".join(read_text(file) for file in text_files(path))
+    essays = path if path.suffix == ".json" else path / ESSAYS
+    if not essays.is_file():
+        yield path
+        return
+    content = read_json(essays)
+    if not isinstance(content, dict) or not isinstance(content.get("text"), str):
+        raise InputError(f"{essays} has no text: expected an object with a string under text")
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / f"{essays.stem}.txt"
+        plain.write_text(content["text"], encoding="utf-8")
+        yield plain

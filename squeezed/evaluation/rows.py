@@ -6,10 +6,11 @@ stand at different lengths, so that one can go on generating where another has g
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,12 +19,13 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from squeezed.attention import attend_fixed, attend_own
 from squeezed.cache import FixedLayer, Read
-from squeezed.evaluation.methods.base import Asked, LayerContext, Method, products
+from squeezed.evaluation.methods.base import Asked, Choice, LayerContext, Method, products
 from squeezed.models import attention_modules
 from squeezed.ops import merge_attention
 
 NAME = "squeezed-evaluation"
-_BATCHES = (16, 64, 128)  # query tokens that go to the GPU kernels together
+_MOST_STREAMS = 12
+_BATCHES = (32, 64, 128)  # query tokens that go to the GPU kernels together
 _LOGITS = {"cpu": 2**25, "cuda": 2**28}  # float32 logits held at once
 
 
@@ -193,11 +195,12 @@ class ScoredLayer(RowsLayer):
         exact = lse if not mass else torch.empty_like(lse)
         active = self.place.rows
         chosen = [at for at, row in enumerate(active) if row not in self.ours]
-        for at, row in enumerate(active):
-            if row in self.ours:
-                output[at], lse[at] = self._ours(query[at], self.ours[row], scale)
-                if mass:
-                    exact[at] = lse[at]
+        product = [at for at, row in enumerate(active) if row in self.ours]
+        calls = [partial(self._ours, query[at], self.ours[active[at]], scale) for at in product]
+        for at, (found, found_lse) in zip(product, side_by_side(calls, query.device), strict=True):
+            output[at], lse[at] = found, found_lse
+            if mass:
+                exact[at] = found_lse
         if chosen:
             part = slice(chosen[0], chosen[-1] + 1)
             step = max(1, _LOGITS[query.device.type] // (len(chosen) * query.shape[1] * self.end))
@@ -238,16 +241,18 @@ class ScoredLayer(RowsLayer):
         exact_mass = None if full_lse is None else torch.zeros_like(full_lse)
         estimates: list[tuple[slice, Tensor, Tensor]] = []
         active = place.rows[part]
-        for group in self.groups:
-            inside = [at for at, row in enumerate(active) if group.rows.start <= row < group.rows.stop]
-            if not inside:
-                continue
-            rows = slice(inside[0], inside[-1] + 1)
-            budgets = tuple(self.budgets[active[at]] for at in inside)
-            own = logits[:, rows]
+        inside = [(g, [at for at, row in enumerate(active) if g.rows.start <= row < g.rows.stop]) for g in self.groups]
+        present = [(group, slice(found[0], found[-1] + 1)) for group, found in inside if found]
+
+        def choose(group: Group, rows: slice) -> Choice:
+            budgets = tuple(self.budgets[row] for row in active[rows])
             places = place.places[part, block][rows]
-            asked = Asked(context, grouped[:, rows], own, places, history[:, rows], budgets)
-            choice = group.method.choose(group.states[context.layer], asked)
+            asked = Asked(context, grouped[:, rows], logits[:, rows], places, history[:, rows], budgets)
+            return group.method.choose(group.states[context.layer], asked)
+
+        choices = side_by_side([partial(choose, *one) for one in present], query.device)
+        for (_, rows), choice in zip(present, choices, strict=True):
+            own = logits[:, rows]
             inner = own[..., context.inner]
             read = 2.0 * context.row_bytes * heads * (self.end - context.count)
             if choice.kept is None:
@@ -301,6 +306,31 @@ def _attention(
 
 # Without masks of the same name: transformers then makes none, and the layers know which own tokens a row may see.
 AttentionInterface.register(NAME, _attention)
+
+
+Result = TypeVar("Result")
+_streams: list[torch.cuda.Stream] = []
+
+
+def side_by_side(calls: Sequence[Callable[[], Result]], device: torch.device) -> list[Result]:
+    """Results of calls that don't depend on each other. On a GPU their many small kernels run at the same time.
+
+    What the calls read was made before, and what they made is read afterwards, in the stream that this is called in.
+    """
+    if device.type != "cuda" or len(calls) < 2:
+        return [call() for call in calls]
+    while len(_streams) < min(len(calls), _MOST_STREAMS):
+        _streams.append(torch.cuda.Stream(device))
+    main, used = torch.cuda.current_stream(device), _streams[: len(calls)]
+    for stream in used:
+        stream.wait_stream(main)
+    results = []
+    for number, call in enumerate(calls):
+        with torch.cuda.stream(used[number % len(used)]):
+            results.append(call())
+    for stream in used:
+        main.wait_stream(stream)
+    return results
 
 
 @contextmanager

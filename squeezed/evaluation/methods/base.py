@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -157,11 +156,11 @@ class Method:
         raise NotImplementedError
 
 
-@lru_cache(maxsize=4096)
-def constant(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """One number per row as [1, B, 1, 1, 1] int64; made once, because nothing may be copied to a device while the work
-    there is being recorded."""
-    return torch.tensor(values, device=device).view(1, -1, 1, 1, 1)
+def per_row(values: Sequence[int], device: torch.device) -> Tensor:
+    """One number per row as [1, B, 1, 1, 1] int64; filled in on the device, because nothing may be copied there while
+    its work is being recorded."""
+    filled = [torch.full((1,), value, dtype=torch.int64, device=device) for value in values]
+    return torch.cat(filled).view(1, -1, 1, 1, 1)
 
 
 def products(left: Tensor, right: Tensor) -> Tensor:
@@ -211,7 +210,7 @@ def keep_groups(scores: Tensor, sizes: Tensor, tokens: Sequence[int]) -> Tensor:
     """
     order = scores.argsort(-1, descending=True)
     sorted_sizes = sizes[:, None, None, None].expand_as(order).gather(-1, order)
-    limit = constant(tuple(tokens), scores.device)
+    limit = per_row(tokens, scores.device)
     fits = (sorted_sizes.cumsum(-1) <= limit) & (sorted_sizes > 0)
     return torch.zeros_like(fits).scatter_(-1, order, fits)
 

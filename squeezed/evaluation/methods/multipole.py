@@ -42,7 +42,7 @@ class Multipole(Method):
     keys_per_cluster: float = 0.0
 
     def settings(self, budget: float) -> float:
-        return self.keys_per_cluster or max(8.0, round(3 / budget))
+        return self.keys_per_cluster or next((size for size in (12.0, 16.0, 32.0) if 1 / size <= budget / 3), 64.0)
 
     def prepare_layer(self, layer: LayerContext, settings: float) -> Poles:
         count = max(1, min(layer.count, round(layer.count / settings)))

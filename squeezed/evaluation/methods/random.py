@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from squeezed.evaluation.methods.base import Asked, Choice, LayerContext, Method, constant
+from squeezed.evaluation.methods.base import Asked, Choice, LayerContext, Method, per_row
 
 _MODULUS = 2**31 - 1
 
@@ -33,5 +33,5 @@ class Random(Method):
         factor = (asked.places * 48_271 + 16_807) % _MODULUS
         draw = (state[:, None, None, None] * factor[None, :, None, :, None]) % _MODULUS
         shares = [layer.affordable(budget, 0) / layer.count for budget in asked.budgets]
-        limit = constant(tuple(int(share * _MODULUS) + (share == 1) for share in shares), draw.device)
+        limit = per_row([int(share * _MODULUS) + (share == 1) for share in shares], draw.device)
         return Choice(draw < limit)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from squeezed.evaluation.methods.base import Asked, Choice, Method, constant
+from squeezed.evaluation.methods.base import Asked, Choice, Method, per_row
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Streaming(Method):
 
     def choose(self, state: Any, asked: Asked) -> Choice:
         layer = asked.layer
-        first = tuple(layer.count - layer.affordable(budget, 0) for budget in asked.budgets)
-        begin = constant(first, asked.query.device)
+        first = [layer.count - layer.affordable(budget, 0) for budget in asked.budgets]
+        begin = per_row(first, asked.query.device)
         kept = torch.arange(layer.count, device=asked.query.device) >= begin
         return Choice(kept.expand(layer.kv_heads, -1, 1, asked.query.shape[3], -1))

@@ -29,23 +29,16 @@ class TokenSelect(Method):
     paper: ClassVar[str] = "Wu et al. 2024, arXiv 2411.02886"
     similarity: float = 0.0
 
-    def settings(self, budget: float) -> float | None:
-        return None if self.similarity else budget
-
-    def prepare_layer(self, layer: LayerContext, settings: float | None) -> Tensor:
-        """The cosine above which a selection is reused, on the device."""
-        device = layer.keys.device
-        if settings is None:
-            return torch.tensor(self.similarity, device=device)
+    def prepare_layer(self, layer: LayerContext, settings: None) -> tuple[Tensor, Tensor]:
+        """Cosines above which a selection may be reused [S], highest first, and how often one is then made [S]."""
         queries = layer.queries.transpose(0, 1).reshape(1, layer.queries.shape[1], -1)
-        candidates = torch.tensor(_SIMILARITIES, device=device)
-        cost = chosen_at(queries.expand(len(candidates), -1, -1), candidates).float().mean(1)
-        return candidates[(cost <= settings).int().argmax()]
+        candidates = torch.tensor(_SIMILARITIES, device=layer.keys.device)
+        return candidates, chosen_at(queries.expand(len(candidates), -1, -1), candidates).float().mean(1)
 
     def choose(self, state: Any, asked: Asked) -> Choice:
         layer, places = asked.layer, asked.places
         heads, batch, group, length, dim = asked.history.shape
-        chosen = chosen_at(asked.history.permute(1, 3, 0, 2, 4).reshape(batch, length, -1), state)
+        chosen = chosen_at(asked.history.permute(1, 3, 0, 2, 4).reshape(batch, length, -1), self._reused(state, asked))
         at = torch.arange(length, device=chosen.device).expand(batch, -1)
         last = torch.where(chosen, at, 0).cummax(1).values.gather(1, places)  # [B, M]
         index = last[None, :, None, :, None].expand(heads, -1, group, -1, dim)
@@ -59,6 +52,15 @@ class TokenSelect(Method):
         tokens = [layer.affordable(b, cost) for b, cost in zip(asked.budgets, planned, strict=True)]
         metadata = scoring * chosen.gather(1, places).double()
         return Choice(keep_top(votes, tokens).expand(heads, -1, -1, -1, -1), metadata)
+
+    def _reused(self, state: tuple[Tensor, Tensor], asked: Asked) -> Tensor:
+        """The cosine above which each row reuses a selection, [B]."""
+        similarities, rates = state
+        if self.similarity:
+            return torch.full((len(asked.budgets),), self.similarity, device=similarities.device)
+        # The highest similarity at which choosing is rare enough; the rate falls with it.
+        found = [similarities[(rates <= budget).int().argmax()] for budget in asked.budgets]
+        return torch.stack(found)
 
 
 def chosen_at(queries: Tensor, similarity: Tensor) -> Tensor:
