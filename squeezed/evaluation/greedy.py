@@ -9,6 +9,7 @@ but width; they never change an answer.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from squeezed.evaluation.prepared import Prepared, RowsCache
 from squeezed.evaluation.rows import Row, bytes_of, last_reads, scoring
 
+_log = logging.getLogger(__name__)
 _CHECKED = 32  # guessed tokens checked in one pass while a row follows the dense answer
 _GUESSED = 8  # and where it has left it
 _WIDTH = 24  # tokens per row of a pass on a GPU, question and guesses alike, so that passes can be replayed
@@ -113,7 +115,7 @@ class _Batch:
         self.read: list[list[Tensor]] = [[] for _ in rows]  # bytes of accepted tokens, pass by pass
         self.kept: list[list[Tensor | None]] = [[] for _ in rows]  # ours: what accepted tokens kept
         self.passes = 0
-        self.recorded: _Recorded | None = None
+        self.recorded: _Recorded | _Launched | None = None
 
     def run(self) -> list[RowAnswer]:
         with torch.inference_mode(), scoring(self.subject.model):
@@ -162,7 +164,12 @@ class _Batch:
             self.cache.place.begin(every, _WIDTH, self.capacity)
             said = self.step(fed.to(self.subject.device), _WIDTH)
             return said, last_reads(self.cache.scored_layers), every
-        self.recorded = self.recorded or _Recorded(self)
+        if self.recorded is None:
+            try:
+                self.recorded = _Recorded(self)
+            except RuntimeError as error:
+                _log.warning("a pass could not be recorded, so every one is launched anew (%s)", error)
+                self.recorded = _Launched(self)
         return *self.recorded.replay(fed), every
 
     def _accept(
@@ -252,6 +259,18 @@ class _Recorded:
         self._fed.copy_(fed)
         self._graph.replay()
         return self._said, self._kept
+
+
+class _Launched:
+    """What stands in for a recorded pass where none can be made: the same shape, launched kernel by kernel."""
+
+    def __init__(self, batch: _Batch) -> None:
+        self._batch = batch
+
+    def replay(self, fed: Tensor) -> tuple[Tensor, dict[int, Tensor | None]]:
+        batch = self._batch
+        batch.cache.place.begin(range(len(fed)), _WIDTH, batch.capacity)
+        return batch.step(fed.to(batch.subject.device), _WIDTH), last_reads(batch.cache.scored_layers)
 
 
 def _can_record(device: torch.device) -> bool:

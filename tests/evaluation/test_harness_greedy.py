@@ -17,7 +17,7 @@ from squeezed.evaluation import greedy
 from squeezed.evaluation.greedy import Guesses, answer_rows, dense_answer
 from squeezed.evaluation.methods import METHODS, find_method
 from squeezed.evaluation.prepared import Prepared, Subject, in_order
-from squeezed.evaluation.rows import Row, last_reads
+from squeezed.evaluation.rows import Row
 
 QUESTION = "what is the second word of the text, and why?"
 SPECS = [name for name in METHODS if name != "full"]
@@ -61,18 +61,6 @@ def test_checked_answers_are_the_generated_ones(prepared: Prepared, monkeypatch:
     assert 0 < differing < len(some)  # both ways of getting an answer were taken
 
 
-class Rerun:
-    """Stands in for a recorded pass where there is no GPU: the same fixed shape, run again."""
-
-    def __init__(self, batch: greedy._Batch) -> None:
-        self.batch = batch
-
-    def replay(self, fed: torch.Tensor) -> tuple[torch.Tensor, dict]:
-        place = self.batch.cache.place
-        place.begin(list(range(len(fed))), fed.shape[1], self.batch.capacity)
-        return self.batch.step(fed, fed.shape[1]), last_reads(self.batch.cache.scored_layers)
-
-
 @pytest.mark.parametrize("width", [4, 24, 200])
 def test_passes_of_a_fixed_width_answer_the_same(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch, width: int
@@ -81,7 +69,7 @@ def test_passes_of_a_fixed_width_answer_the_same(
     dense = dense_answer(prepared, FULL, question, 16)
     expected = answer_rows(prepared, some, question, 16, dense)
     monkeypatch.setattr(greedy, "_can_record", lambda device: True)
-    monkeypatch.setattr(greedy, "_Recorded", Rerun)
+    monkeypatch.setattr(greedy, "_Recorded", greedy._Launched)
     monkeypatch.setattr(greedy, "_WIDTH", width)
     assert dense_answer(prepared, FULL, question, 16) == dense
     for row, found, answer in zip(some, answer_rows(prepared, some, question, 16, dense), expected, strict=True):

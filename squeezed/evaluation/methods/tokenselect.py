@@ -59,8 +59,8 @@ class TokenSelect(Method):
         if self.similarity:
             return torch.full((len(asked.budgets),), self.similarity, device=similarities.device)
         # The highest similarity at which choosing is rare enough; the rate falls with it.
-        found = [similarities[(rates <= budget).int().argmax()] for budget in asked.budgets]
-        return torch.stack(found)
+        found = [(rates <= budget).int().argmax(0, keepdim=True) for budget in asked.budgets]
+        return similarities.gather(0, torch.cat(found))
 
 
 def chosen_at(queries: Tensor, similarity: Tensor) -> Tensor:
