@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from squeezed.calibration import ThresholdCurves
 from squeezed.decode.own import OwnTokens
 from squeezed.ops.layout import ClusteredKeys
+from squeezed.query_metric import add_moment
 
 
 @dataclass
@@ -261,13 +262,19 @@ class SqueezedCache(Cache):
 
 
 class PrefillLayer(DynamicLayer):
-    """A full-attention layer while the fixed context is prefilled: allocated once, and it keeps the last queries."""
+    """A full-attention layer while the fixed context is prefilled: allocated once, and it keeps the last queries.
+
+    Attributes:
+        queries: [1, q_heads, window, head_dim], the last ones.
+        moment: [kv_heads, head_dim, head_dim] float32, sum of q^T q over all queries.
+    """
 
     def __init__(self, tokens: int, window: int) -> None:
         super().__init__()
         self.tokens, self.window = tokens, window
         self.filled = 0
         self.queries: Tensor | None = None
+        self.moment: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -295,3 +302,4 @@ class PrefillLayer(DynamicLayer):
         if self.queries is not None:
             recent = torch.cat([self.queries, recent], dim=2)[:, :, -self.window :]
         self.queries = recent.clone()
+        self.moment = add_moment(self.moment, query, self.keys.shape[1])

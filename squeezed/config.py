@@ -26,6 +26,8 @@ class BuildConfig:
         sinks: first tokens that are treated likewise. Models park attention on them (StreamingLLM, arXiv 2309.17453),
             and as members of a cluster they are missed: leaving them out of the clusters took the error of SmolLM2's
             attention output at sparsity 0.9 from 0.64 to 0.12. The paper has none.
+        metric: `query` clusters keys by the difference that it makes to the context's own queries, see `query_metric`;
+            `cosine` by their direction (paper).
         second_order: score clusters by their spread too, at one more number per cluster, see `second_order`. Not in the
             paper.
         compensate: keep each cluster's mean value, and let it stand in for the keys of clusters that are left out
@@ -42,6 +44,7 @@ class BuildConfig:
     levels: int = 1
     window: int = 100
     sinks: int = 4
+    metric: str = "query"
     second_order: bool = True
     compensate: bool = True
     centroid_bits: int = 8
@@ -58,6 +61,7 @@ class BuildConfig:
         _require(self.levels in (1, 2, 3), f"levels is {self.levels}: expected 1, 2 or 3")
         _require(self.window >= 1, f"window is {self.window}: expected at least 1 token")
         _require(self.sinks >= 0, f"sinks is {self.sinks}: expected 0 or more tokens")
+        _require(self.metric in ("query", "cosine"), f"metric is {self.metric!r}: expected query or cosine")
         for name in ("centroid_bits", "key_bits"):
             bits = getattr(self, name)
             _require(bits in (8, 16), f"{name} is {bits}: expected 8, or 16 for the model's own dtype")
@@ -90,7 +94,13 @@ PRESETS: dict[str, BuildConfig] = {
     "best": BuildConfig(),
     "compact": BuildConfig(key_bits=8),
     "paper": BuildConfig(
-        clusters=0.05, sinks=0, second_order=False, compensate=False, centroid_bits=16, calibration="window"
+        clusters=0.05,
+        sinks=0,
+        metric="cosine",
+        second_order=False,
+        compensate=False,
+        centroid_bits=16,
+        calibration="window",
     ),
 }
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from squeezed import template
+from squeezed import query_metric, template
 from squeezed.attention import attached
 from squeezed.cache import FixedLayer, FixedSlidingLayer, Selection, SqueezedCache
 from squeezed.calibration import ThresholdCurves, calibrate
@@ -151,7 +151,11 @@ class FixedContext:
             if layer.queries is None:
                 layers.append(SlidingTail(layer.keys.clone(), layer.values.clone(), layer.sliding_window or 0))
             else:
-                clustered = cluster_layer(layer.keys, layer.values, config)
+                space = None
+                if config.metric == "query" and layer.moment is not None:
+                    group = layer.queries.shape[0] // layer.keys.shape[0]
+                    space = query_metric.factor(layer.moment, group * layer.keys.shape[1])
+                clustered = cluster_layer(layer.keys, layer.values, config, space=space)
                 layers.append(fit_spread(clustered, layer.queries, _scale(modules[i])))
                 queries.append(layer.queries)
             on_progress("cluster", i + 1, len(modules))

@@ -24,12 +24,14 @@ class PrefilledLayer:
         keys, values: [kv_heads, tokens, head_dim]; for a sliding-window layer only the last tokens that count.
         queries: [q_heads, window, head_dim], last queries after RoPE; None for a sliding-window layer.
         sliding_window: None for a full-attention layer.
+        moment: [kv_heads, head_dim, head_dim] float32, sum of q^T q over all queries; None without queries.
     """
 
     keys: Tensor
     values: Tensor
     queries: Tensor | None
     sliding_window: int | None
+    moment: Tensor | None = None
 
 
 def prefill(
@@ -77,7 +79,7 @@ def prefill(
         if i in plan.sliding:
             yield PrefilledLayer(keys, values, None, plan.sliding[i])
         else:
-            yield PrefilledLayer(keys, values, layer.queries[0], None)
+            yield PrefilledLayer(keys, values, layer.queries[0], None, layer.moment)
         del layer, keys, values
 
 

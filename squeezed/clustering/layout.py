@@ -24,7 +24,11 @@ OnStage = Callable[[str], None]
 
 
 def cluster_layer(
-    keys: Tensor, values: Tensor, config: BuildConfig, on_stage: OnStage = lambda stage: None
+    keys: Tensor,
+    values: Tensor,
+    config: BuildConfig,
+    on_stage: OnStage = lambda stage: None,
+    space: Tensor | None = None,
 ) -> ClusteredKeys:
     """Cluster one layer and lay its keys and values out cluster by cluster.
 
@@ -32,12 +36,14 @@ def cluster_layer(
         keys, values: [kv_heads, tokens, head_dim]; keys after RoPE, in text order, all finite.
         config: shares, levels, sinks, window.
         on_stage: called with a stage's name as it ends: k-means, layout, levels, storage.
+        space: [kv_heads, head_dim, head_dim] float32; keys are clustered in keys @ space by Euclidean distance, see
+            `query_metric`. By cosine similarity if None.
 
     Returns:
         The layer's index; its tensors are new, so that the caller may free `keys` and `values`.
     """
     first, last = config.sinks, keys.shape[1] - config.window
-    order, runs = find_clusters(keys[:, first:last], config, config.clusters_of(last - first))
+    order, runs = find_clusters(keys[:, first:last], config, config.clusters_of(last - first), space)
     on_stage("k-means")
     keys, values = (lay_out(rows, order, first) for rows in (keys, values))
     positions = (order + first).int()
@@ -50,20 +56,25 @@ def cluster_layer(
     return layer
 
 
-def find_clusters(keys: Tensor, config: BuildConfig, clusters: int) -> tuple[Tensor, list[Tensor]]:
+def find_clusters(
+    keys: Tensor, config: BuildConfig, clusters: int, space: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
     """Nested clusters of keys [heads, n, dim] on all levels.
 
     Returns:
         order [heads, n] int64, the keys cluster by cluster, and of each level, finest first, the sizes of its runs
         [heads, K] int64 in keys, padded with 0 where a head has fewer.
     """
-    labels = [kmeans(keys, clusters, config.iterations)]
+    metric = "cosine" if space is None else "euclidean"
+    if space is not None:
+        keys = torch.stack([head.float() @ linear for head, linear in zip(keys, space, strict=True)])
+    labels = [kmeans(keys, clusters, config.iterations, metric=metric)]
     order = labels[0].argsort(dim=1, stable=True)
     for _ in range(1, config.levels):
         offsets = _bounds(labels[-1].gather(1, order), clusters)
         centroids = run_means(keys, order, offsets)
         clusters = max(1, round(clusters / COARSENING))
-        coarse = kmeans(centroids, clusters, config.iterations, weights=offsets.diff(dim=1))
+        coarse = kmeans(centroids, clusters, config.iterations, offsets.diff(dim=1), metric)
         labels.append(coarse.gather(1, labels[-1]))
         order = labels[-1].argsort(dim=1, stable=True)
     # Sorted by the finest, then stably by the next coarser, and so on: every cluster is one run.
