@@ -134,6 +134,7 @@ def takes_everything(query: Tensor, layer: FixedLayer) -> bool:
         clusters=tuple(level.shape[1] for level in index.levels),
         kept=1 - selection.sparsity,
         key_bytes=index.keys.element_size(),
+        centroid_bytes=index.centroid_bytes,
     )
     part = replace(whole, batch=batch * alone, queries=block)
     return dense_microseconds(whole) <= calls * squeezed_microseconds(part)
@@ -144,14 +145,13 @@ def attend_step(
     layer: FixedLayer | FixedSlidingLayer,
     scale: float,
     rope: own.Rope | None = None,
-    soon: Tensor | None = None,
 ) -> Tensor:
     """Attention of one generated token per question, in fixed shapes and without a word from the device.
 
     Args:
         query: [B, Hq, 1, D]; the token's key and value were handed to `layer.own`.
         scale: softmax scale.
-        rope, soon: see :mod:`squeezed.decode.own`.
+        rope: None if query and key are rotated already.
 
     Returns:
         [B, Hq * D]
@@ -159,9 +159,9 @@ def attend_step(
     assert layer.own is not None
     query, parts = own.attend_own(query, layer.own, scale, rope)
     if isinstance(layer, FixedSlidingLayer):
-        return own.join(parts, None, None, layer.own, query, soon)
+        return own.join(parts, None, None, layer.own, query)
     output, lse, kept = _attend_once(query, layer, scale)
-    return own.join(parts, (output, lse), kept, layer.own, query, soon)
+    return own.join(parts, (output, lse), kept, layer.own, query)
 
 
 def attend_own(

@@ -73,7 +73,7 @@ class FusedModel:
             assert fixed.own is not None
             fixed.own.hold(k, v)
             rope = Rope(self._cos, self._sin, *_head_norms(attention))
-            mixed = attend_step(q, fixed, attention.scaling, rope, layer.o)
+            mixed = attend_step(q, fixed, attention.scaling, rope)
             x = project(mixed.view(-1), (layer.o,), residual=x)
             x = project(gated(x, layer.gate, layer.up, layer.before_mlp), (layer.down,), residual=x)
         return project(x, (self._head,), norm=self._norm)[None]

@@ -122,7 +122,6 @@ def join(
     kept: Tensor | None,
     own: OwnTokens,
     like: Tensor,
-    soon: Tensor | None = None,
 ) -> Tensor:
     """All of a step's attention as one, and what was kept added to the count.
 
@@ -131,7 +130,6 @@ def join(
         fixed: output [B, Hq, 1, D] and lse [B, Hq, 1] of the fixed part; None for a layer without one.
         kept: [levels, B, kv_heads], see `squeezed.ops.attend_fixed`; None if everything was attended.
         like: the result gets this tensor's dtype.
-        soon: weights that are wanted next; a GPU may begin to bring them into its cache.
 
     Returns:
         [B, Hq * D]
@@ -139,7 +137,7 @@ def join(
     if ops.uses_triton(parts.output):
         from squeezed.decode import own_triton
 
-        return own_triton.join(parts, fixed, kept, own, like, soon)
+        return own_triton.join(parts, fixed, kept, own, like)
     batch, kv_heads, count, group, dim = parts.output.shape
     sets = [
         (parts.output[:, :, i].reshape(batch, -1, dim), parts.lse[:, :, i].reshape(batch, -1)) for i in range(count)

@@ -15,9 +15,6 @@ from squeezed.ops.triton import device as dev
 # A part is read by one program from its beginning to its end: short enough that this takes few microseconds.
 _SLOTS_PER_PART, _MOST_PARTS = 32, 16
 _BLOCK_SLOTS = 32
-# Weights are brought into the cache in pieces of one instruction each.
-_PIECE, _PIECES_PER_PROGRAM = tl.constexpr(8192), tl.constexpr(128)
-_MOST_PREFETCHED = 8 * 2**20  # about what is read while the parts are joined
 
 
 @triton.jit
@@ -35,21 +32,6 @@ def _rotated(rows, mask, gamma, eps, cos, sin, HEAD_DIM: tl.constexpr):
         signed = tl.load(sin + dim).to(tl.float32) * tl.where(dim < HEAD_DIM // 2, -1.0, 1.0)
         x = x * tl.load(cos + dim).to(tl.float32)[None, :] + y * signed[None, :]
     return x
-
-
-@triton.jit
-def _prefetch(weights, num_bytes, program):
-    """Ask for a piece of memory to be brought into the L2 cache; nothing waits for it."""
-    offset = (program * _PIECES_PER_PROGRAM + tl.arange(0, _PIECES_PER_PROGRAM)).to(tl.int64) * _PIECE
-    offset = tl.minimum(offset, num_bytes - _PIECE)
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], 8192; mov.u32 $0, 0;",
-        "=r,l",
-        [weights.to(tl.int64) + offset],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit
@@ -200,12 +182,9 @@ def _join(
     tally,
     running,
     output,
-    soon,
-    soon_bytes,
     batch_size,
     kv_heads,
     parts,
-    programs,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
@@ -214,43 +193,38 @@ def _join(
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0)
-    if row >= programs:
-        # Weights depend on nothing: they are on their way while the launch before this one still runs.
-        if soon is not None:
-            _prefetch(soon, soon_bytes, row - programs)
-    else:
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
-        problem = row // GROUP
-        member = row % GROUP
-        dim = tl.arange(0, HEAD_DIM)
-        part = tl.arange(0, BLOCK_PARTS)
-        place = (problem * parts + part) * GROUP + member
-        lse = tl.load(part_lse + place, mask=part < parts, other=float("-inf"))
-        out = tl.load(part_out + place[:, None] * HEAD_DIM + dim[None, :], mask=(part < parts)[:, None], other=0.0)
-        top = tl.max(lse, axis=0)
-        if fixed_out is not None:
-            lse_fixed = tl.load(fixed_lse + row)
-            top = tl.maximum(top, lse_fixed)
-        weight = tl.exp(lse - top)
-        total = tl.sum(weight, axis=0)
-        joined = tl.sum(weight[:, None] * out, axis=0)
-        if fixed_out is not None:
-            weight_fixed = tl.exp(lse_fixed - top)
-            total += weight_fixed
-            joined += weight_fixed * tl.load(fixed_out + row * HEAD_DIM + dim).to(tl.float32)
-        tl.store(output + row * HEAD_DIM + dim, (joined / total).to(output.dtype.element_ty))
-        if kept is not None:  # noqa: SIM102
-            if row % (kv_heads * GROUP) == 0:
-                batch = problem // kv_heads
-                head = tl.arange(0, BLOCK_HEADS)
-                counts = tl.load(running)
-                for level in tl.static_range(LEVELS):
-                    where_kept = kept + (level * batch_size + batch) * kv_heads + head
-                    found = tl.load(where_kept, mask=head < kv_heads, other=0).to(tl.int64)
-                    where_tally = tally + level * batch_size + batch
-                    tl.store(where_tally, tl.load(where_tally) + tl.sum(found, axis=0) * counts)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    problem = row // GROUP
+    member = row % GROUP
+    dim = tl.arange(0, HEAD_DIM)
+    part = tl.arange(0, BLOCK_PARTS)
+    place = (problem * parts + part) * GROUP + member
+    lse = tl.load(part_lse + place, mask=part < parts, other=float("-inf"))
+    out = tl.load(part_out + place[:, None] * HEAD_DIM + dim[None, :], mask=(part < parts)[:, None], other=0.0)
+    top = tl.max(lse, axis=0)
+    if fixed_out is not None:
+        lse_fixed = tl.load(fixed_lse + row)
+        top = tl.maximum(top, lse_fixed)
+    weight = tl.exp(lse - top)
+    total = tl.sum(weight, axis=0)
+    joined = tl.sum(weight[:, None] * out, axis=0)
+    if fixed_out is not None:
+        weight_fixed = tl.exp(lse_fixed - top)
+        total += weight_fixed
+        joined += weight_fixed * tl.load(fixed_out + row * HEAD_DIM + dim).to(tl.float32)
+    tl.store(output + row * HEAD_DIM + dim, (joined / total).to(output.dtype.element_ty))
+    if kept is not None:  # noqa: SIM102
+        if row % (kv_heads * GROUP) == 0:
+            batch = problem // kv_heads
+            head = tl.arange(0, BLOCK_HEADS)
+            counts = tl.load(running)
+            for level in tl.static_range(LEVELS):
+                where_kept = kept + (level * batch_size + batch) * kv_heads + head
+                found = tl.load(where_kept, mask=head < kv_heads, other=0).to(tl.int64)
+                where_tally = tally + level * batch_size + batch
+                tl.store(where_tally, tl.load(where_tally) + tl.sum(found, axis=0) * counts)
 
 
 def join(
@@ -259,30 +233,22 @@ def join(
     kept: Tensor | None,
     own: OwnTokens,
     like: Tensor,
-    soon: Tensor | None = None,
 ) -> Tensor:
     """See :func:`squeezed.decode.own.join`."""
     batch, kv_heads, count, group, head_dim = parts.output.shape
-    programs = batch * kv_heads * group
     if own.kept is None:
         kept = None
-    soon_bytes = 0 if soon is None else min(soon.nbytes, _MOST_PREFETCHED)
-    if soon_bytes < _PIECE.value or not dev.has_dependent_launch(like.device):
-        soon, soon_bytes = None, 0
     output = like.new_empty(batch, kv_heads * group * head_dim)
-    _join[(programs + triton.cdiv(soon_bytes, _PIECE.value * _PIECES_PER_PROGRAM.value),)](
+    _join[(batch * kv_heads * group,)](
         *parts,
         *(fixed or (None, None)),
         kept,
         own.kept,
         own.running,
         output,
-        soon,
-        soon_bytes,
         batch,
         kv_heads,
         count,
-        programs,
         GROUP=group,
         HEAD_DIM=head_dim,
         BLOCK_PARTS=triton.next_power_of_2(count),

@@ -33,6 +33,17 @@ def test_the_model_is_near_every_measurement(row: tuple[int, int, int, int, floa
     assert not dense_is_faster(shape)
 
 
+@pytest.mark.parametrize(("queries", "microseconds"), [(64, 530.0), (128, 1120.0), (256, 1492.2)])
+def test_dense_attention_of_few_queries_is_slower_than_its_products(queries: int, microseconds: float) -> None:
+    shape = AttentionShape(1, 32, 8, queries, 128, 131072, (6553,), 0.1)
+    assert dense_microseconds(shape) == pytest.approx(microseconds, rel=0.1)
+
+
+def test_bytes_of_centroids_count() -> None:
+    small, large = (AttentionShape(1, 32, 8, 1, 128, 131072, (26214,), 0.1, 2, size) for size in (132, 516))
+    assert squeezed_microseconds(large) - squeezed_microseconds(small) == pytest.approx(8 * 26214 * 384 / 2.95e6)
+
+
 def test_short_contexts_and_dense_selections_are_left_to_dense_attention() -> None:
     assert dense_is_faster(AttentionShape(1, 32, 8, 1, 128, 2048, (102,), 0.1))
     assert dense_is_faster(AttentionShape(1, 32, 8, 1, 128, 131072, (6553,), 0.95))

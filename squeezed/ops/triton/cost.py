@@ -1,7 +1,7 @@
 """When dense attention is faster: a model of both, fitted to the measurements in docs/results/kernel-notes.md.
 
 Decoding is bound by bytes and by launches, question prefill by products; each is a constant plus work over a rate.
-Fitted on one H100 80GB (2026-11-21) over 8K to 1M tokens, 8 and 32 KV heads, head_dim 128.
+Fitted on one H100 80GB (2026-11-21, few queries 2026-11-22) over 8K to 1M tokens, 8 and 32 KV heads, head_dim 128.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ class AttentionShape:
     """One call: `tokens` fixed tokens, `queries` that share a selection, `kept` the share of keys expected to be kept.
 
     `clusters` per KV head on each level, finest first; of every level but the coarsest about half is scored.
+    `centroid_bytes` are those of one centroid, with what is stored beside it; 0 is those of a key.
     """
 
     batch: int
@@ -25,6 +26,7 @@ class AttentionShape:
     clusters: tuple[int, ...]
     kept: float
     key_bytes: int = 2
+    centroid_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class DeviceRates:
     dense_start: float = 8.0
     dense_bytes: float = 3.13e6
     dense_flops: float = 600e6
+    dense_flops_of_few: float = 250e6
+    dense_flops_per_query: float = 1.45e6
     dense_reread: float = 0.14
     squeezed_start: float = 12.5
     level_start: float = 7.0
@@ -51,16 +55,19 @@ def dense_microseconds(shape: AttentionShape, rates: DeviceRates = H100) -> floa
     reads = 1 + rates.dense_reread * (shape.batch - 1)
     moved = 4 * shape.kv_heads * shape.tokens * shape.head_dim * reads
     flops = 4 * shape.batch * shape.q_heads * shape.queries * shape.tokens * shape.head_dim
-    return rates.dense_start + max(moved / rates.dense_bytes, flops / rates.dense_flops)
+    # Few queries fill the matrix units badly, whatever the kernel.
+    rate = min(rates.dense_flops, max(rates.dense_flops_of_few, rates.dense_flops_per_query * shape.queries))
+    return rates.dense_start + max(moved / rates.dense_bytes, flops / rate)
 
 
 def squeezed_microseconds(shape: AttentionShape, rates: DeviceRates = H100) -> float:
     """Expected time of score, select, attend and join together."""
     scored = shape.clusters[-1] + sum(shape.clusters[:-1]) / 2
     kept = shape.tokens * shape.kept
-    row_bytes = shape.batch * shape.kv_heads * shape.head_dim * shape.key_bytes
+    key = shape.head_dim * shape.key_bytes
     row_flops = 4 * shape.batch * shape.q_heads * shape.queries * shape.head_dim
-    moved = row_bytes * (scored + 2 * kept) / rates.squeezed_bytes
+    read = scored * (shape.centroid_bytes or key) + 2 * kept * key
+    moved = shape.batch * shape.kv_heads * read / rates.squeezed_bytes
     start = rates.squeezed_start + rates.level_start * (len(shape.clusters) - 1)
     if shape.q_heads // shape.kv_heads * shape.queries <= 32:
         return start + moved
