@@ -133,7 +133,8 @@ def ask(
 
     Args:
         on_text: called with each new piece of the answer as it is generated; for a single question only.
-        steps: keeps what is captured on a GPU for the next call; generation on a CPU is transformers' own without it.
+        steps: where to keep what is captured on a GPU, by default with the context. On a CPU, generation is
+            transformers' own unless this is given.
         adaptive: on a GPU, attend to everything where selecting would take longer than it saves.
 
     Raises:
@@ -179,7 +180,7 @@ class Conversation:
         self.model, self.tokenizer, self.context = model, tokenizer, context
         self.sparsity, self.dense, self.decoding = sparsity, dense, decoding or Decoding()
         self.adaptive = adaptive
-        self._steps = steps or (loop.Steps() if model.device.type == "cuda" else None)
+        self._steps = steps
         self.turns: list[Message] = []
         self._cache: SqueezedCache | None = None
         self._own: list[int] = []  # the tokens in the cache's own part
@@ -239,7 +240,7 @@ def _generate(
     new_tokens = _new_tokens(model, context, questions, used, decoding)
     streamer = _Streamer(tokenizer, on_text) if on_text and len(questions) == 1 else None
     if steps is None and model.device.type == "cuda":
-        steps = loop.Steps()
+        steps = context.steps
     unusual = loop.not_followed(model.generation_config)
     if steps is None or unusual:
         made = _by_transformers(model, tokenizer, inputs, decoding, new_tokens, streamer)

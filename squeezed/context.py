@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from squeezed.cache import FixedLayer, FixedSlidingLayer, Selection, SqueezedCac
 from squeezed.calibration import ThresholdCurves, calibrate
 from squeezed.clustering import cluster_layer
 from squeezed.config import BuildConfig, check_sparsity
+from squeezed.decode.loop import Steps
 from squeezed.errors import InputError
 from squeezed.models import attention_modules, max_positions, model_identity, rope_switch, tokenizer_identity
 from squeezed.ops.layout import ClusteredKeys
@@ -198,6 +200,11 @@ class FixedContext:
     @property
     def squeezed_layers(self) -> list[ClusteredKeys]:
         return [layer for layer in self.layers if isinstance(layer, ClusteredKeys)]
+
+    @cached_property
+    def steps(self) -> Steps:
+        """Decode steps captured for this context on a GPU, kept for its next question."""
+        return Steps()
 
     @property
     def kv_bytes(self) -> int:

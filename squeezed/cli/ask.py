@@ -19,7 +19,13 @@ def ask(
     questions: Annotated[
         list[str] | None, typer.Argument(help="Questions; none starts a conversation on standard input.")
     ] = None,
-    sparsity: Annotated[float, typer.Option(help="Share of the keys to leave out, 0 to 1.")] = 0.9,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Share of the keys to leave out, 0 to 1; 0.9 unless --error is given.")
+    ] = None,
+    error: Annotated[
+        float | None,
+        typer.Option(help="Instead of a sparsity: the attention output's relative error to stay at, such as 0.05."),
+    ] = None,
     dense: Annotated[bool, typer.Option("--dense", help="Attend to everything, for comparison.")] = False,
     as_json: JsonFlag = False,
     follow_up: Annotated[bool, typer.Option("--follow-up", help="Questions are turns of one conversation.")] = False,
@@ -41,10 +47,11 @@ def ask(
     from squeezed.artifact import load as load_context
     from squeezed.artifact import read_manifest
     from squeezed.config import check_sparsity
-    from squeezed.decode.loop import Steps
     from squeezed.errors import InputError
 
-    check_sparsity(sparsity)
+    if sparsity is not None and error is not None:
+        raise InputError("--sparsity and --error exclude each other: an error is reached by choosing the sparsity")
+    sparsity = check_sparsity(0.9 if sparsity is None else sparsity)
     decoding = answer.Decoding(max_new_tokens, temperature, top_p, seed)
     if batch and follow_up:
         raise InputError("--batch and --follow-up exclude each other: turns of a conversation come one after another")
@@ -53,6 +60,8 @@ def ask(
     if source is None:
         raise InputError(f"{context} does not say where its model is; pass --model")
     fixed = load_context(context, verify)
+    if error is not None:
+        sparsity = fixed.curves.sparsity_for(error)
     try:
         lm, tokenizer = load(source, device, dtype if dtype != "auto" else manifest.model["dtype"])
     except InputError as error:
@@ -67,21 +76,22 @@ def ask(
             output.print(f"[dim]{_cost(result)}[/dim]")
 
     stream = None if as_json else _write
-    steps = Steps() if lm.device.type == "cuda" else None
     if batch and questions:
-        for result in answer.ask(lm, tokenizer, fixed, questions, sparsity, dense, decoding, None, steps, adaptive):
+        for result in answer.ask(lm, tokenizer, fixed, questions, sparsity, dense, decoding, adaptive=adaptive):
             if not as_json:
                 output.print(f"[bold]{result.question}[/bold]\n{result.text}", highlight=False)
             show(result)
         return
-    conversation = answer.Conversation(lm, tokenizer, fixed, sparsity, dense, decoding, steps, adaptive)
+    conversation = answer.Conversation(lm, tokenizer, fixed, sparsity, dense, decoding, adaptive=adaptive)
     for question in questions or _typed():
         if not as_json and questions:
             output.print(question, style="bold", markup=False, highlight=False)
         if follow_up or not questions:
             result = conversation.ask(question, stream)
         else:
-            (result,) = answer.ask(lm, tokenizer, fixed, [question], sparsity, dense, decoding, stream, steps, adaptive)
+            (result,) = answer.ask(
+                lm, tokenizer, fixed, [question], sparsity, dense, decoding, stream, adaptive=adaptive
+            )
         if not as_json:
             print()
         show(result)
