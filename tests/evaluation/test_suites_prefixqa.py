@@ -100,10 +100,11 @@ def test_references_lead_to_headings_and_links_to_their_targets() -> None:
         "## 2. Posture and grip\n\nSit upright. See [the drawings](figures/all.svg) for more than words can say.\n"
     )
     found = asked_of(text)
-    assert found['Which address or file does the link "the drawings" lead to?'] == ("figures/all.svg",)
+    assert found['Which address or file does the link with the text "the drawings" lead to?'] == ("figures/all.svg",)
     pointing = next(question for question in found if question.startswith("What is the title of the chapter that"))
     assert found[pointing] == ("Posture and grip",)
-    assert found['Which heading comes next after the heading "Rowing"?'] == ("Posture and grip",)
+    assert found['With which words does the section "Rowing" begin?'] == ("How to hold the oars",)
+    assert found['Which section comes right after the section "Rowing"? Give its heading.'] == ("Posture and grip",)
 
 
 def test_every_question_of_the_manual_is_sound() -> None:

@@ -64,16 +64,16 @@ def test_perplexity_is_the_inverse_geometric_mean_of_probabilities() -> None:
 
 
 def test_windows_join_short_texts_and_cut_long_ones_between_paragraphs(tmp_path: Path) -> None:
-    paragraphs = [f"Paragraph {i} of the first text." for i in range(30)]
+    paragraphs = [f"Paragraph {i} of the first text." for i in range(100)]
     (tmp_path / "a.md").write_text("\n\n".join(paragraphs))
     (tmp_path / "b.txt").write_text("A short text.\n\nIts end.")
     (tmp_path / "c.bin").write_bytes(b"\0")
-    found = list(windows(tmp_path, 100, count_tokens))
-    assert all(count_tokens(text) <= 100 for _, text in found)
+    found = list(windows(tmp_path, 400, count_tokens))
+    assert all(360 <= count_tokens(text) <= 400 for _, text in found)
     assert [name for name, _ in found][:2] == ["a-0", "a-1"]
     joined = "\n\n".join(text for _, text in found)
-    assert joined.startswith("\n\n".join(paragraphs[:25]))
-    whole = list(windows(tmp_path, 1000, count_tokens))
+    assert joined.startswith("\n\n".join(paragraphs[:70]))
+    whole = list(windows(tmp_path, 4000, count_tokens))
     assert len(whole) == 1  # all there is, though it is short
     assert whole[0][1].endswith("Its end.")
 

@@ -19,6 +19,7 @@ TASKS = ("dates", "figures", "names", "definitions", "sections", "references")
 GAP = "____"
 _SHOWN = 16  # words of a quoted sentence on each side of the gap
 _LONGEST_ANSWER = 8
+_FIRST_WORDS = 5  # of a section
 _GUESSABLE = ("0", "1", "2", "3", "4", "zero", "one", "two", "three", "four", "100", "hundred")
 _FEW = 5
 _CURRENCIES = "$\u20ac\u00a3"
@@ -153,28 +154,27 @@ def _names(sentence: Sentence, prose: Prose) -> Iterator[Question]:
 
 
 def _from_sections(prose: Prose) -> Iterator[Question]:
-    """Under which heading something is said, and which heading follows which."""
+    """How a section begins, which section says something, and which section follows which."""
     titles = [heading.title for heading in prose.headings]
     for index, heading in enumerate(prose.headings):
         if titles.count(heading.title) > 1:
             continue
-        told = [
-            sentence
-            for sentence in prose.sentences
-            if sentence.section == index
-            and 8 <= len(sentence.text.split()) <= 25
-            and _is_statement(sentence.text)
-            and not _alike(sentence.text, heading.title)
-        ]
+        own = [sentence for sentence in prose.sentences if sentence.section == index and _is_statement(sentence.text)]
+        if own and len(own[0].text.split()) > _FIRST_WORDS:
+            beginning = " ".join(own[0].text.split()[:_FIRST_WORDS])
+            text = f'With which words does the section "{heading.title}" begin?'
+            yield Question("sections", text, (beginning.rstrip(",;:"),), own[0].start, beginning)
+        told = [one for one in own if 8 <= len(one.text.split()) <= 25 and not _alike(one.text, heading.title)]
         if told:
             sentence = max(told, key=lambda told: sum(len(word) > 6 for word in told.text.split()))
-            text = f'Under which heading of the text does this sentence stand? "{sentence.text}"'
-            yield Question("sections", text, (heading.title,), sentence.start, sentence.text)
+            text = f'Which section of the text contains this sentence? Give its heading. "{sentence.text}"'
+            yield Question("sections", text, (heading.title,), sentence.start, sentence.text, natural=False)
         earlier = prose.headings[max(0, index - 1)]
         ordinary = index > 0 and min(earlier.level, heading.level) > 1 and titles.count(earlier.title) == 1
         if ordinary and not _alike(earlier.title, heading.title):
-            text = f'Which heading comes next after the heading "{earlier.title}"?'
-            yield Question("sections", text, (heading.title,), heading.start, f"{heading.number} {heading.title}")
+            text = f'Which section comes right after the section "{earlier.title}"? Give its heading.'
+            key = f"{heading.number} {heading.title}"
+            yield Question("sections", text, (heading.title,), heading.start, key, natural=False)
 
 
 def _from_references(prose: Prose) -> Iterator[Question]:
@@ -189,12 +189,13 @@ def _from_references(prose: Prose) -> Iterator[Question]:
             if named and kind in ("chapter", "section") and not _alike(sentence.text, named.title):
                 text = f'What is the title of the {kind} that this sentence points to? "{sentence.text}"'
                 yield Question("references", text, (named.title,), sentence.start, found.group())
-    texts = [text for text, _, _ in prose.links]
-    for text, target, start in prose.links:
+    links = [link for link in prose.links if prose.headings and ":" not in link[1]]  # within a structured text
+    texts = [text for text, _, _ in links]
+    for text, target, start in links:
         once = texts.count(text) == 1 and prose.text.count(target) == 1
         if text and target and once and len(target) <= 60 and not _alike(text, target):
-            asked = f'Which address or file does the link "{text}" lead to?'
-            yield Question("references", asked, (target,), start, text)
+            asked = f'Which address or file does the link with the text "{text}" lead to?'
+            yield Question("references", asked, (target,), start, text, natural=False)
 
 
 def _by_other_names(questions: Iterable[Question], prose: Prose) -> Iterator[Question]:

@@ -18,10 +18,12 @@ from squeezed.evaluation.suites.base import Suite, SuiteOptions
 from squeezed.evaluation.suites.facts import TASKS, Question, find_questions
 from squeezed.evaluation.suites.prose import Prose, read_prose
 from squeezed.evaluation.suites.windows import windows
-from squeezed.evaluation.suites.written import WRITTEN, read_questions, still_sound
+from squeezed.evaluation.suites.written import WRITTEN, WrittenQuestion, read_questions, still_sound
 
 NEEDS = "text or Markdown files"
 QUESTIONS = 24  # on each context
+_WORTHWHILE = 3  # a context with fewer questions is left out
+_MOST_TEXTS = 200  # contexts that are searched for questions
 _INTRODUCTION = "Read the text below. You will be asked about it.\n\n"
 _INSTRUCTION = "Answer with a few words of the text."
 
@@ -33,17 +35,27 @@ def _samples(tasks: tuple[str, ...], options: SuiteOptions) -> Iterator[Sample]:
     random.Random(options.seed).shuffle(texts)
     written = read_questions(path) if WRITTEN in tasks else []
     missing = dict.fromkeys(tasks, options.count)
-    for name, text in texts:
-        if not any(missing.values()):
-            return
-        prose = read_prose(text)
-        found = find_questions(prose) + still_sound(written, prose)
+    for name, prose, found in _richest_first(texts[:_MOST_TEXTS], tasks, written):
         chosen = _choose(found, missing, random.Random(f"{options.seed}/{name}"))
+        if len(chosen) < _WORTHWHILE and any(left < options.count for left in missing.values()):
+            continue  # what is still missing is too thinly spread: every context costs a prefill
         for index, question in enumerate(chosen):
             missing[question.task] -= 1
             yield _sample(options.id(question.task, name, index), question, prose)
     if all(left == options.count for left in missing.values()):
         raise InputError(f"{path} has no facts to ask {', '.join(tasks)} about; expected prose with dates, names ...")
+
+
+def _richest_first(
+    texts: list[tuple[str, str]], tasks: tuple[str, ...], written: list[WrittenQuestion]
+) -> list[tuple[str, Prose, list[Question]]]:
+    """Name, text and questions, those with at least `QUESTIONS` first and otherwise as they come."""
+    found = []
+    for name, text in texts:
+        prose = read_prose(text)
+        questions = [question for question in find_questions(prose) if question.task in tasks]
+        found.append((name, prose, questions + still_sound(written, prose)))
+    return sorted(found, key=lambda text: -min(QUESTIONS, len(text[2])))
 
 
 def _choose(found: list[Question], missing: dict[str, int], rng: random.Random) -> list[Question]:

@@ -1,4 +1,4 @@
-"""Cutting texts into windows of a given length, at the ends of paragraphs."""
+"""Cutting texts into windows of a given length, at the ends of paragraphs where that leaves them nearly full."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from squeezed.evaluation import data
 from squeezed.evaluation.suites.base import CountTokens
 
-_BREAK = re.compile(r"\n[ \t]*\n\s*")
+_PARAGRAPH = re.compile(r"\S.*?(?:\n[ \t]*\n\s*|\Z)", re.DOTALL)
 _LEAST = 0.9  # of the length asked for; a shorter rest is left out, unless it is all there is
 
 
@@ -27,43 +27,42 @@ def windows(path: Path, length: int, count_tokens: CountTokens) -> Iterator[tupl
     tokens = number = 0
     name = ""
     for file in data.text_files(path):
-        for paragraph in _paragraphs(data.read_text(file), length, count_tokens):
-            size = count_tokens(paragraph + "\n\n")
+        for piece in _pieces(data.read_text(file) + "\n\n", (1 - _LEAST) * length, count_tokens):
+            size = count_tokens(piece)
             if held and tokens + size > length:
                 text, rest = _fitting(held, length, count_tokens)
                 yield f"{name}-{number}", text
                 number += 1
                 held, name = rest, file.stem
-                tokens = sum(count_tokens(kept + "\n\n") for kept in rest)
+                tokens = sum(map(count_tokens, rest))
             name = name or file.stem
-            held.append(paragraph)
+            held.append(piece)
             tokens += size
     text, _ = _fitting(held, length, count_tokens)
     if not number or count_tokens(text) >= _LEAST * length:
         yield f"{name}-{number}", text
 
 
-def _fitting(paragraphs: list[str], length: int, count_tokens: CountTokens) -> tuple[str, list[str]]:
-    """The text of the first paragraphs that fit together, and the others; the first alone always fits."""
-    kept = len(paragraphs)
-    while kept > 1 and count_tokens("\n\n".join(paragraphs[:kept])) > length:
+def _fitting(pieces: list[str], length: int, count_tokens: CountTokens) -> tuple[str, list[str]]:
+    """The text of the first pieces that fit together, and the others; the first alone always fits."""
+    kept = len(pieces)
+    while kept > 1 and count_tokens("".join(pieces[:kept]).strip()) > length:
         kept -= 1
-    return "\n\n".join(paragraphs[:kept]), paragraphs[kept:]
+    return "".join(pieces[:kept]).strip(), pieces[kept:]
 
 
-def _paragraphs(text: str, length: int, count_tokens: CountTokens) -> Iterator[str]:
-    for paragraph in _BREAK.split(text):
-        yield from _halved(paragraph.rstrip(), length, count_tokens)
+def _pieces(text: str, most: float, count_tokens: CountTokens) -> Iterator[str]:
+    """Paragraphs, and parts of those that take more than `most` tokens; joined they are the text."""
+    for paragraph in _PARAGRAPH.findall(text):
+        yield from _halved(paragraph, most, count_tokens)
 
 
-def _halved(text: str, length: int, count_tokens: CountTokens) -> Iterator[str]:
-    """The text, or its parts where it is longer than a window, cut at a line, a sentence or a space near the middle."""
-    if not text.strip():
-        return
-    if len(text) <= length or count_tokens(text) <= length or len(text) < 2:
+def _halved(text: str, most: float, count_tokens: CountTokens) -> Iterator[str]:
+    """The text, or halves of it where it is too long, cut at a line, a sentence or a space near the middle."""
+    if len(text) <= most or len(text) < 2 or count_tokens(text) <= most:
         yield text
         return
     middle = len(text) // 2
     cut = next((found + len(at) for at in ("\n", ". ", " ") if (found := text.rfind(at, 0, middle)) > 0), middle)
-    yield from _halved(text[:cut].rstrip(), length, count_tokens)
-    yield from _halved(text[cut:], length, count_tokens)
+    yield from _halved(text[:cut], most, count_tokens)
+    yield from _halved(text[cut:], most, count_tokens)
