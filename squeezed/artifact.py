@@ -187,6 +187,7 @@ def write(context: FixedContext, folder: Path) -> None:
             "sparsities": curves.sparsities,
             "query_counts": curves.query_counts,
             "log_thresholds": curves.log_thresholds,
+            **({} if curves.errors is None else {"errors": curves.errors}),
         },
     )
     text = context.text.encode()
@@ -296,7 +297,9 @@ def load(folder: Path, verify: bool = True) -> FixedContext:
     try:
         layers = tuple(_layer(entry, tensors[entry.file]) for entry in manifest.layers)
         found = tensors[CONTEXT]
-        curves = ThresholdCurves(found["sparsities"], found["query_counts"], found["log_thresholds"])
+        curves = ThresholdCurves(
+            found["sparsities"], found["query_counts"], found["log_thresholds"], found.get("errors")
+        )
         ids = found["ids"]
     except KeyError as error:
         raise InputError(
@@ -395,6 +398,7 @@ def describe(folder: Path) -> dict[str, Any]:
             "sparsities": curves.sparsities.tolist(),
             "query_counts": curves.query_counts.tolist(),
             "finest": curves.log_thresholds[0].T.tolist(),
+            "errors": None if curves.errors is None else curves.errors.tolist(),
         },
         "checksums": "good",
     }

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from squeezed.errors import InputError
 from squeezed.ops import reference
 from squeezed.ops.layout import ClusteredKeys
 
@@ -55,11 +56,14 @@ class ThresholdCurves:
         sparsities: [P] float64 ascending from 0 to 1.
         query_counts: [C] int64 ascending, queries that share a selection.
         log_thresholds: [levels, C, P] float64, finest level first; -inf at sparsity 0, +inf at 1.
+        errors: [P] float64 ascending, mean relative error of the attention output at each sparsity, see `quality`;
+            None if it was not measured.
     """
 
     sparsities: Tensor
     query_counts: Tensor
     log_thresholds: Tensor
+    errors: Tensor | None = None
 
     @classmethod
     def keep_everything(cls, levels: int) -> ThresholdCurves:
@@ -85,6 +89,23 @@ class ThresholdCurves:
             for curves in self.log_thresholds
         )
 
+    def sparsity_for(self, error: float) -> float:
+        """The largest sparsity whose measured error is at most `error`.
+
+        Raises:
+            InputError: not a positive number, or nothing was measured.
+        """
+        if self.errors is None:
+            raise InputError("the context has no measured errors; build it again, or ask for a sparsity")
+        if not error > 0:
+            raise InputError(f"error is {error}: expected a positive relative error, for example 0.05")
+        if float(self.errors[-1]) <= error:
+            return 1.0
+        right = int(torch.searchsorted(self.errors, error, right=True))
+        low, high = float(self.errors[right - 1]), float(self.errors[right])
+        x_low, x_high = float(self.sparsities[right - 1]), float(self.sparsities[right])
+        return x_low + (x_high - x_low) * (error - low) / (high - low)
+
 
 def _interpolate(xs: Tensor, ys: Tensor, x: float) -> float:
     """Linear between grid points; between a finite and an infinite one, the finite one."""
@@ -104,6 +125,13 @@ def coarse_sparsity(sparsity: float, level: int, levels: int) -> float:
     return own * min(1.0, sparsity / _COARSE_FULL)
 
 
+def outline(layer: ClusteredKeys) -> ClusteredKeys:
+    """What calibration reads of a layer: its levels, without keys, values and positions."""
+    none = layer.keys[:, :0].clone()
+    levels = tuple(replace(level, values=None) for level in layer.levels)
+    return replace(layer, keys=none, values=none, positions=layer.positions[:, :0].clone(), levels=levels, window=None)
+
+
 def calibrate(
     layers: Sequence[ClusteredKeys],
     queries: Sequence[Sequence[Tensor]],
@@ -116,7 +144,7 @@ def calibrate(
     of log scores per curve is all that is kept, whatever the length.
 
     Args:
-        layers: the squeezed layers' indices.
+        layers: the squeezed layers' indices; an `outline` of each will do.
         queries: per layer, segments of consecutive queries [q_heads, length, head_dim] after RoPE.
         scales: per layer, the attention module's scaling.
         on_progress: called with (done, total) after each layer of each pass.

@@ -23,6 +23,7 @@ from squeezed.errors import InputError
 from squeezed.models import attention_modules, max_positions, model_identity, rope_switch, tokenizer_identity
 from squeezed.ops.layout import ClusteredKeys
 from squeezed.prefill import PrefilledLayer, prefill
+from squeezed.quality import measure_errors
 from squeezed.second_order import fit_spread
 from squeezed.text import Part, locate_parts, read_files
 
@@ -178,7 +179,8 @@ class FixedContext:
         if prefix.seam.chat and config.calibration == "questions":
             segments = context._observe_probes(model, tokenizer)
         curves = calibrate(squeezed, segments, scales, lambda done, total: on_progress("calibrate", done, total))
-        return replace(context, curves=curves)
+        errors = measure_errors(squeezed, segments, scales, curves)
+        return replace(context, curves=replace(curves, errors=errors))
 
     def _observe_probes(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[list[Tensor]]:
         """Per squeezed layer, the queries of each of PROBES asked of this context, every key attended."""

@@ -33,7 +33,7 @@ def fit_spread(layer: ClusteredKeys, queries: Tensor, scale: float) -> Clustered
     grouped = queries[:, pick].reshape(kv_heads, -1, dim).float()
     coefficients = torch.stack([_coefficients(layer, head, grouped[head], scale) for head in range(kv_heads)], 1)
     levels = tuple(
-        replace(level, spread=level.spread * coefficient.unsqueeze(-1))
+        replace(level, spread=None if level.spread is None else level.spread * coefficient.unsqueeze(-1))
         for level, coefficient in zip(layer.levels, coefficients.unbind(0), strict=True)
     )
     return replace(layer, levels=levels)

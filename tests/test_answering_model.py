@@ -17,8 +17,10 @@ from squeezed.answer import Decoding, ask
 from squeezed.attention import attached
 from squeezed.cache import FixedLayer
 from squeezed.context import FixedContext
+from squeezed.decode.loop import Steps
 from squeezed.demo import manual_path, more_questions, questions
 from squeezed.models import load_model
+from squeezed.ops import chain, reference
 
 pytestmark = pytest.mark.model
 QUESTIONS = [question.question for question in questions()]
@@ -128,6 +130,19 @@ def test_a_batch_of_questions_is_answered_as_one_by_one(
         assert ours.prefill.kept_fraction == pytest.approx(theirs.prefill.kept_fraction, abs=1e-3)
 
 
+@pytest.mark.parametrize("asked", [QUESTIONS[:1], QUESTIONS[:3]], ids=["one", "batch"])
+def test_steps_of_fixed_shape_write_what_transformers_loop_writes(
+    asked: list[str], smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase], manual: FixedContext
+) -> None:
+    short = Decoding(max_new_tokens=24)
+    expected = ask(*smollm2, manual, asked, decoding=short)
+    found = ask(*smollm2, manual, asked, decoding=short, steps=Steps())
+    assert [answer.path for answer in found] == ["eager"] * len(asked)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.text == theirs.text
+        assert ours.kv_budget == pytest.approx(theirs.kv_budget, rel=1e-3)
+
+
 def test_squeezed_answers_are_right_where_dense_ones_are_but_for_one(
     smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase], manual: FixedContext
 ) -> None:
@@ -167,3 +182,35 @@ def test_the_command_reports_what_other_programs_rely_on(
         assert row["kept_fraction"] < row["kv_budget"] < row["kept_fraction"] + always
         assert set(row["seconds"]) == {"first_token", "generate", "total"}
         assert 0 < row["seconds"]["first_token"] <= row["seconds"]["total"]
+
+
+@pytest.mark.parametrize("wanted", [0.03, 0.08])
+def test_an_error_that_is_asked_for_is_met_within_a_quarter_on_unseen_questions(
+    wanted: float, smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase], manual: FixedContext
+) -> None:
+    model, tokenizer = smollm2
+    thresholds = manual.curves.at(manual.curves.sparsity_for(wanted), 1)
+    total = []
+    for question in (*QUESTIONS, *(question.question for question in more_questions())):
+        inputs = manual.inputs(tokenizer, [question], dense=True)
+        layers = inputs["past_key_values"].fixed_layers
+        for layer in layers:
+            layer.observed = []
+        with torch.no_grad(), attached(model):
+            model.get_decoder()(**inputs, use_cache=True)
+        for layer in layers:
+            assert layer.observed is not None
+            query = layer.observed[0][0, :, -8:].transpose(0, 1).unsqueeze(2).contiguous()
+            scale = query.shape[-1] ** -0.5
+            dense = reference_chain(query, layer, None, scale)
+            found = reference_chain(query, layer, thresholds, scale)
+            total.append(((found - dense).norm(dim=-1) / dense.norm(dim=-1)).mean())
+    realised = float(torch.stack(total).mean())
+    print(f"asked {wanted}, realised {realised:.4f}")
+    assert abs(realised / wanted - 1) < 0.25
+
+
+def reference_chain(
+    query: torch.Tensor, layer: FixedLayer, thresholds: tuple[float, ...] | None, scale: float
+) -> torch.Tensor:
+    return chain.attend_fixed(reference, query, layer.index, thresholds, layer.window_end, scale)[0]

@@ -50,8 +50,16 @@ def _show(found: dict[str, Any]) -> None:
             f"{layer['tensors']} tensors good",
         )
     output.print(layers)
-    curve = Table("sparsity", *[f"{count} queries" for count in found["thresholds"]["query_counts"]])
+    errors = found["thresholds"]["errors"]
+    curve = Table(
+        "sparsity",
+        *[f"{count} queries" for count in found["thresholds"]["query_counts"]],
+        *([] if errors is None else ["error"]),
+    )
     curve.title = "Log score thresholds of the finest level, by queries that share a selection"
-    for sparsity, row in zip(found["thresholds"]["sparsities"], found["thresholds"]["finest"], strict=True):
-        curve.add_row(f"{sparsity:g}", *[f"{value:.3f}" for value in row])
+    for i, (sparsity, row) in enumerate(
+        zip(found["thresholds"]["sparsities"], found["thresholds"]["finest"], strict=True)
+    ):
+        shown = [] if errors is None else [f"{errors[i]:.3f}"]
+        curve.add_row(f"{sparsity:g}", *[f"{value:.3f}" for value in row], *shown)
     output.print(curve)
