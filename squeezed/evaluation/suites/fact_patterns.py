@@ -47,7 +47,11 @@ _BEGINNERS = (
 NAME_WORD = rf"(?!(?:{_BEGINNERS})\b)[A-Z][a-z\u00e0-\u00ff]+(?:[{_APOSTROPHE}-][A-Z][a-z]+)*"
 PROPER = rf"{NAME_WORD}(?: {NAME_WORD}){{1,2}}"
 PERSON = re.compile(rf"\b{NAME_WORD}(?: [A-Z]\.)?(?: {NAME_WORD}){{1,2}}\b")
-_ROLE = r"[a-z]+(?:er|or|ist|ian|eer|man|woman|cook|friend|cousin|captain|chief|mechanic|president|secretary)"
+_NO_ROLE = "over|under|after|ever|never|other|another|either|neither|whether|rather|later|earlier|however|for|or|nor"
+_ROLE = (
+    rf"(?!(?:{_NO_ROLE})\b)[a-z]+"
+    r"(?:er|or|ist|ian|eer|man|woman|cook|friend|cousin|captain|chief|mechanic|president|secretary)"
+)
 BEFORE_PERSON = re.compile(rf"(?:\b(?:by|named|called|met|asked|told|{_ROLE}),?|\b(?:Dr|Mr|Mrs|Ms|Prof)\.) $")
 AFTER_PERSON = re.compile(
     r",? (?:said|says|wrote|writes|told|tells|asked|taught|found|discovered|built|made|started|founded|won|joined|gave"
