@@ -4,7 +4,7 @@
    k-means++ does, and costs nothing.
 2. Each row takes its nearest seed. This is the one step that compares with all; beyond _EXACT clusters with that many.
 3. Passes of exchanges (`steps.exchange`), in which a row is compared with the _CANDIDATES clusters around its own
-   only: clusters are put into groups of about _GROUP, anew every few passes.
+   only: clusters are put into groups of _GROUP, anew every few passes.
 4. Between them, clusters that are worth little are joined to their neighbour, and begin anew at the row that lies
    farthest out of all. It mends what the seeds have missed.
 
@@ -24,12 +24,12 @@ from squeezed.clustering.steps import FAR, Buckets, Centres, exchange, farthest,
 from squeezed.errors import InputError
 
 METRICS = ("cosine", "euclidean")
-_GROUP = 32  # clusters that share their candidates
+_GROUP = 32  # clusters that lie together and share their candidates
 _CANDIDATES = 128
 _EXACT = 8192  # seeds that a row is compared with at the start
 _EXACT_GROUP = 1024
 _REGROUP = 4  # passes with the same groups
-_SETTLED = 1e-3  # stop when a pass moves fewer than this share of the rows
+_SETTLED = 0.02  # stop when passes move fewer than this share of the rows: 0.6% above where they would end
 _DISTANCES = {"cpu": 2**24, "cuda": 2**28}  # float32 distances between centres held at once
 _log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def _kmeans(vectors: Tensor, clusters: int, iterations: int, mass: Tensor | None
                 break
             order, offsets = _sorted(labels, clusters)
             centres = _centres(rows, order, offsets, mass)
-            groups = _group(centres, clusters // _GROUP, _CANDIDATES)
+            groups = _group(centres, _GROUP, _CANDIDATES)
             labels = groups.number.gather(1, labels)
             moved.zero_()
             looked_at = 0
@@ -145,9 +145,8 @@ def _first_labels(rows: Tensor, squares: Tensor, mass: Tensor | None, clusters: 
     seeds = _of(rows.gather(1, at.unsqueeze(-1).expand(-1, -1, dim)).float())
     if clusters <= _EXACT:
         return nearest(rows, squares, seeds)
-    groups = _group(seeds, clusters // _EXACT_GROUP, _EXACT)
-    group = nearest(rows, squares, _of(groups.pivots))
-    order, offsets = _sorted(group, groups.pivots.shape[1])
+    groups = _group(seeds, _EXACT_GROUP, _EXACT)
+    order, offsets = _sorted(nearest(rows, squares, _of(groups.means)), groups.means.shape[1])
     renumbered = groups.number.argsort(1)
     seeds = Centres(*(part.gather(1, _wide(renumbered, part)) for part in seeds))
     return nearest(rows, squares, seeds, Buckets(order, offsets, groups.candidates))
@@ -172,48 +171,62 @@ def _centres(rows: Tensor, order: Tensor, offsets: Tensor, mass: Tensor | None) 
 
 
 class _Groups(NamedTuple):
-    """Clusters numbered anew, group by group, so that rows sorted by cluster are sorted by group too.
+    """Clusters numbered anew, so that rows sorted by cluster are sorted by group too.
 
     Attributes:
-        number: [heads, clusters], each cluster's new number.
-        starts: [heads, groups + 1], in new numbers; empty clusters come behind the last group.
-        candidates: [heads, groups, M], the clusters nearest to each group's pivot, in new numbers; None: all.
-        pivots: [heads, groups, dim].
+        number: [heads, clusters], each cluster's new number; the empty ones are last.
+        starts: [heads, groups + 1], in new numbers.
+        candidates: [heads, groups, M], the clusters around each group, in new numbers; None: all.
+        means: [heads, groups, dim], of the groups' centres.
     """
 
     number: Tensor
     starts: Tensor
     candidates: Tensor | None
-    pivots: Tensor
+    means: Tensor
 
 
-def _group(centres: Centres, groups: int, width: int) -> _Groups:
+def _group(centres: Centres, size: int, width: int) -> _Groups:
+    """Groups of `size` clusters that lie near one another, all equally large, whatever the keys look like.
+
+    A group's candidates are the clusters nearest to its mean, and the nearest other one of each of its own: where
+    clusters lie in all directions alike, few that matter are near the mean.
+    """
     heads, clusters, _ = centres.rows.shape
-    empty = centres.sizes == 0
+    itself = torch.arange(clusters, device=centres.rows.device).expand(heads, -1)
     if clusters <= width:
-        number = torch.arange(clusters, device=empty.device).expand(heads, -1)
-        return _Groups(number, torch.tensor([[0, clusters]]).to(number).expand(heads, -1), None, centres.rows[:, :1])
+        starts = torch.tensor([[0, clusters]], device=itself.device).expand(heads, -1)
+        return _Groups(itself, starts, None, centres.rows[:, :1])
+    order = _by_pivot(centres, clusters // size)
+    number = torch.empty_like(order).scatter_(1, order, itself)
+    centres = Centres(*(part.gather(1, _wide(order, part)) for part in centres))
+    starts = torch.arange(0, clusters + size, size, device=itself.device).clamp(max=clusters).expand(heads, -1)
+    means = run_means(centres.rows, None, starts.contiguous())
+    groups = means.shape[1]
+    members = torch.arange(groups * size, device=itself.device).clamp(max=clusters - 1).view(groups, size)
+    partners = nearest_other(centres, None)[:, members]
+    near = torch.empty(heads, groups, width - size, dtype=torch.int64, device=itself.device)
+    step = max(1, _DISTANCES[itself.device.type] // (heads * clusters))
+    for some in torch.arange(groups, device=itself.device).split(step):
+        distances = torch.baddbmm(centres.squares.unsqueeze(1), means[:, some], centres.rows.transpose(1, 2), alpha=-2)
+        distances.scatter_(2, members[some].expand(heads, -1, -1), -FAR)  # its own belong to it in any case
+        near[:, some] = distances.topk(width - size, dim=-1, largest=False).indices
+    return _Groups(number, starts, torch.cat([near, partners], dim=2), means)
+
+
+def _by_pivot(centres: Centres, pivots: int) -> Tensor:
+    """Clusters sorted by the nearest of a few centres spread among them, [heads, clusters]; empty ones last."""
+    empty = centres.sizes == 0
     present = (~empty).sum(1, keepdim=True)
-    at = (
-        empty.int().argsort(dim=1, stable=True).gather(1, torch.arange(groups, device=empty.device) * present // groups)
-    )
-    pivots = _of(centres.rows.gather(1, _wide(at, centres.rows)))
+    at = torch.arange(pivots, device=empty.device) * present // pivots
+    at = empty.int().argsort(dim=1, stable=True).gather(1, at)
+    chosen = _of(centres.rows.gather(1, _wide(at, centres.rows)))
     mass = centres.sizes.clamp(max=1)
     for _ in range(2):
-        order, offsets = _sorted(nearest(centres.rows, centres.squares, pivots), groups)
-        pivots = _centres(centres.rows, order, offsets, mass)
-    group = nearest(centres.rows, centres.squares, pivots).masked_fill_(empty, groups)
-    order, starts = _sorted(group, groups)
-    number = torch.empty_like(order).scatter_(1, order, torch.arange(clusters, device=order.device).expand_as(order))
-    found = torch.empty(heads, groups, width, dtype=torch.int64, device=empty.device)
-    step = max(1, _DISTANCES[empty.device.type] // (heads * clusters))
-    for some in torch.arange(groups, device=empty.device).split(step):
-        distances = torch.baddbmm(
-            centres.squares.unsqueeze(1), pivots.rows[:, some], centres.rows.transpose(1, 2), alpha=-2
-        )
-        found[:, some] = distances.topk(width, dim=-1, largest=False).indices
-    candidates = number.gather(1, found.flatten(1)).view_as(found)
-    return _Groups(number, starts, candidates, pivots.rows)
+        order, offsets = _sorted(nearest(centres.rows, centres.squares, chosen), pivots)
+        chosen = _centres(centres.rows, order, offsets, mass)
+    group = nearest(centres.rows, centres.squares, chosen).masked_fill_(empty, pivots)
+    return group.argsort(dim=1, stable=True)
 
 
 def _begin_anew(rows: Tensor, squares: Tensor, labels: Tensor, mass: Tensor | None, groups: _Groups) -> Tensor:

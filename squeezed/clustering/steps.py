@@ -74,11 +74,10 @@ def exchange(rows: Tensor, squares: Tensor, labels: Tensor, centres: Centres, bu
     return _step(rows, squares, labels.clone(), centres, join, leave, buckets, phase, 2)
 
 
-def nearest_other(centres: Centres, buckets: Buckets) -> Tensor:
-    """Each centre's nearest other one among its bucket's candidates, [H, K] int64; itself where it is in no bucket."""
-    rows = centres.rows.half() if _on_gpu(centres.rows) else centres.rows
+def nearest_other(centres: Centres, buckets: Buckets | None) -> Tensor:
+    """Each centre's nearest other one [H, K] int64, with buckets among its candidates; itself if it is in no bucket."""
+    rows, ones = centres.rows, torch.ones_like(centres.squares)
     itself = torch.arange(rows.shape[1], device=rows.device).expand(rows.shape[:2])
-    ones = torch.ones_like(centres.squares)
     return _step(rows, centres.squares, itself.clone(), centres, ones, FAR * ones, buckets, 0, 1)
 
 

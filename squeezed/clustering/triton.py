@@ -16,6 +16,14 @@ from torch import Tensor
 
 from squeezed.clustering.steps import Buckets, Centres
 
+# (candidates are listed, heads wider than 128) -> rows and candidates of a tile, warps
+_BLOCKS = {
+    (False, False): (128, 64, 4),
+    (False, True): (64, 64, 4),
+    (True, False): (64, 64, 4),
+    (True, True): (64, 64, 4),
+}
+
 
 @triton.jit
 def _step(
@@ -74,10 +82,9 @@ def _step(
     if EXCHANGE:
         own = tl.load(labels + row, mask=live, other=0)
         mine = head * clusters + own
-        centre = tl.load(centres + mine[:, None] * dim + channel[None, :], mask=(channel < dim)[None, :], other=0.0).to(
-            tl.float32
-        )
-        distance = square + tl.load(centre_squares + mine) - 2.0 * tl.sum(x.to(tl.float32) * centre, 1)
+        mean = tl.load(centres + mine[:, None] * dim + channel[None, :], mask=(channel < dim)[None, :], other=0.0)
+        product = tl.sum(x.to(tl.float32) * mean.to(tl.float32), 1)
+        distance = square + tl.load(centre_squares + mine) - 2.0 * product
         limit = tl.load(leave + mine) * tl.maximum(distance, 1e-12)
     least = tl.full([BLOCK_R, BLOCK_C], float("inf"), tl.float32)
     which = tl.zeros([BLOCK_R, BLOCK_C], tl.int32)
@@ -121,14 +128,15 @@ def step(
     phase: int,
     stride: int,
 ) -> Tensor:
-    """See `steps._step`; rows [H, n, D] float16."""
+    """See `steps._step`."""
     heads, n, dim = rows.shape
+    if rows.is_cuda:  # the interpreter multiplies as exactly as the rows are given
+        rows = rows.half()
     clusters = centres.rows.shape[1]
     padded = max(16, triton.next_power_of_2(dim))
     candidates = None if buckets is None else buckets.candidates
     groups, width = (1, clusters) if candidates is None else candidates.shape[1:]
-    block_r = 128 if padded <= 128 and candidates is None else 64
-    block_c = 64
+    block_r, block_c, warps = _BLOCKS[candidates is not None, padded > 128]
     out = labels.int()
     bucket = number = starts = listed = out  # not looked at
     tiles = -(-(n - phase) // (stride * block_r))
@@ -164,7 +172,7 @@ def step(
         DIM=padded,
         BLOCK_R=block_r,
         BLOCK_C=block_c,
-        num_warps=8 if block_r == 128 else 4,
+        num_warps=warps,
     )
     return out.long()
 
