@@ -143,6 +143,19 @@ def test_steps_of_fixed_shape_write_what_transformers_loop_writes(
         assert ours.kv_budget == pytest.approx(theirs.kv_budget, rel=1e-3)
 
 
+@pytest.mark.parametrize("asked", [QUESTIONS[:1], QUESTIONS[:3]], ids=["one", "batch"])
+def test_steps_of_fixed_shape_write_what_transformers_loop_writes(
+    asked: list[str], smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase], manual: FixedContext
+) -> None:
+    short = Decoding(max_new_tokens=24)
+    expected = ask(*smollm2, manual, asked, decoding=short)
+    found = ask(*smollm2, manual, asked, decoding=short, steps=Steps())
+    assert [answer.path for answer in found] == ["eager"] * len(asked)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.text == theirs.text
+        assert ours.kv_budget == pytest.approx(theirs.kv_budget, rel=1e-3)
+
+
 def test_squeezed_answers_are_right_where_dense_ones_are_but_for_one(
     smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase], manual: FixedContext
 ) -> None:
