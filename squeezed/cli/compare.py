@@ -24,20 +24,29 @@ def compare(
     as_json: JsonFlag = False,
 ) -> None:
     """Which differences between two runs are larger than chance, sample by sample."""
-    from rich.table import Table
-
     from squeezed.evaluation.compare import compare_runs
 
     found = compare_runs(first, second, against, by_task)
     if as_json:
         print(json.dumps({"differences": [difference.to_dict() for difference in found]}, indent=1))
         return
-    table = Table(
-        "group", "first", "mean", "second", "mean", "difference", "95%", "pairs", "differ", "p (Holm)", "verdict"
+    # As Markdown, because it is wide and wants to be passed on.
+    names = (
+        "where",
+        "first",
+        "mean",
+        "second",
+        "mean",
+        "difference",
+        "95%",
+        "pairs that differ",
+        "p (Holm)",
+        "verdict",
     )
+    output.print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}", highlight=False, soft_wrap=True)
     for one in found:
-        digits = 1 if abs(one.first_mean) > 1.5 or abs(one.second_mean) > 1.5 else 4
-        table.add_row(
+        digits = 1 if max(abs(one.first_mean), abs(one.second_mean)) > 1.5 else 4
+        cells = (
             one.group,
             one.first,
             f"{one.first_mean:.{digits}f}",
@@ -45,10 +54,9 @@ def compare(
             f"{one.second_mean:.{digits}f}",
             f"{one.difference:+.{digits}f}",
             f"{one.low:+.{digits}f} to {one.high:+.{digits}f}",
-            str(one.samples),
-            str(one.differing),
-            f"{one.p_holm:.3g}",
+            f"{one.differing} of {one.samples}",
+            f"{one.p_holm:.2g}",
             one.verdict,
-            style=None if one.verdict == "within chance" else "green" if one.verdict == "better" else "red",
         )
-    output.print(table)
+        colour = {"better": "green", "worse": "red"}.get(one.verdict)
+        output.print(f"| {' | '.join(cells)} |", style=colour, markup=False, highlight=False, soft_wrap=True)

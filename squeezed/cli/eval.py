@@ -58,29 +58,13 @@ def evaluate(
         seed=seed,
     )
 
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
+    from squeezed.cli.progress import Answers
     from squeezed.evaluation.harness import run
     from squeezed.evaluation.load import Loader
     from squeezed.evaluation.report import write_report
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("answers"))
-    with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=messages) as bar:
-        task = bar.add_task(f"loading {model}", total=config.expected())
-        run(
-            config,
-            folder,
-            Loader(model, place, dtype, workers),
-            workers,
-            lambda stage, new, total: bar.update(task, description=stage, completed=new, total=total),
-        )
+    with Answers(messages) as bar:
+        run(config, folder, Loader(model, place, dtype, workers), workers, bar.update)
     write_report(folder)
     output.print((folder / "table.md").read_text("utf-8"), markup=False, highlight=False, soft_wrap=True)
     output.print(f"Wrote {', '.join(sorted(path.name for path in folder.iterdir()))} to {folder}", soft_wrap=True)

@@ -5,7 +5,15 @@ from __future__ import annotations
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 _UNITS = {"prefill": "tokens", "cluster": "layers", "calibrate": "passes", "save": "files"}
 
@@ -41,3 +49,35 @@ class Stages:
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(stage, total=total, unit=_UNITS.get(stage, ""))
         self._progress.update(self._tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
+
+
+class Answers:
+    """One bar over all answers of an evaluation, with what is being done; it appears with the first update."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("answers"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Answers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._task is not None:
+            self._progress.stop()
+
+    def update(self, stage: str, done: int, total: int | None) -> None:
+        if self._task is None:
+            self._task = self._progress.add_task(stage, total=total)
+            self._progress.start()
+        self._progress.update(self._task, description=stage, completed=done, total=total)

@@ -64,6 +64,13 @@ def test_a_difference_is_found_sample_by_sample(tmp_path: Path) -> None:
     assert other.verdict == "better"
 
 
+def test_a_single_sample_is_chance(tmp_path: Path) -> None:
+    first = made(tmp_path / "1", {"quest": hard})
+    second = made(tmp_path / "2", {"quest": lambda task, n: 0.0 if (task, n) == ("a", 1) else hard(task, n)})
+    (found,) = compare_runs(first, second)
+    assert (found.differing, found.p, found.verdict) == (1, 1.0, "within chance")
+
+
 def test_as_many_won_as_lost_is_chance(tmp_path: Path) -> None:
     coin = random.Random(0)
     flips = {(task, n): float(coin.random() < 0.5) for task in "ab" for n in range(60)}
