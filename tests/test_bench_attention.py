@@ -31,7 +31,7 @@ def test_a_sweep_has_one_hierarchical_row_beside_those_of_one_level() -> None:
 @pytest.mark.parametrize("preset", ["paper", "best"])
 def test_every_case_gives_a_row_and_a_point_in_the_picture(preset: str, tmp_path: Path) -> None:
     asked = Sweep((1000, 2000), ((4, 2),), 16, (1, 5), (0.7, 0.9), (1, 2), preset=preset)
-    rows = time_on_cpu(asked)
+    rows = list(time_on_cpu(asked))
     assert [(row["context"], row["queries"], row["levels"], row["sparsity"]) for row in rows] == [
         (context, queries, *way)
         for context in (1000, 2000)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -96,22 +96,19 @@ class Sweep:
         return [*flat, *((2, sparsity) for sparsity in deep)]
 
 
-def time_on_cpu(asked: Sweep, on_stage: Callable[[str], None] = lambda stage: None) -> list[dict[str, Any]]:
-    """A row for every combination."""
+def time_on_cpu(asked: Sweep, on_stage: Callable[[str], None] = lambda stage: None) -> Iterator[dict[str, Any]]:
+    """A row for every combination, as it is done."""
     if asked.eight_bits:
         raise InputError("--eight-bits is timed on a GPU only; leave it out, or pass --device cuda")
-    return [
-        time_attention(
-            AttentionCase(
-                context, *heads, asked.head_dim, queries, sparsity, levels, asked.dtype or torch.float32, asked.preset
-            ),
-            on_stage,
-        )
-        for heads in asked.heads
-        for context in asked.contexts
-        for queries in asked.queries
-        for levels, sparsity in asked.ways()
-    ]
+    dtype = asked.dtype or torch.float32
+    for heads in asked.heads:
+        for context in asked.contexts:
+            for queries in asked.queries:
+                for levels, sparsity in asked.ways():
+                    case = AttentionCase(
+                        context, *heads, asked.head_dim, queries, sparsity, levels, dtype, asked.preset
+                    )
+                    yield time_attention(case, on_stage)
 
 
 def time_attention(case: AttentionCase, on_stage: Callable[[str], None] = lambda stage: None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ the quantile over all heads and keys of calibration queries that are not the tim
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +33,7 @@ MEMORY_BANDWIDTH = 3.05e12  # bytes/s copied on an H100 80GB
 DENSE_FLOPS = 604e12  # of cuDNN on long question prefills, same device
 _LOGITS = 2**27  # held at once by the checks in plain torch: 512 MB
 _CHECKED_QUERIES = 16
+_LONG_MS = 10.0
 _BLOCK = 256  # queries that share a selection in generation, see `squeezed.cache.Selection`
 
 
@@ -102,14 +103,20 @@ def calibrated_thresholds(case: Case, layer: ClusteredKeys) -> Tensor:
 
 
 def dense_times(case: Case, layers: list[ClusteredKeys]) -> dict[str, float]:
-    """Milliseconds per layer of every dense kernel that runs; grouped heads also as queries of one head."""
-    shape, times = case.shape, {}
+    """Milliseconds per layer of every dense kernel that runs; grouped heads also as queries of one head.
+
+    FlashAttention-2 is not asked where cuDNN takes long over many queries: it took 1.7 times as long in every such case
+    (docs/results/kernel-notes.md), and most of a sweep's time.
+    """
+    shape, times = case.shape, dict[str, float]()
     plain = torch.randn(case.batch, shape.q_heads, case.queries, shape.head_dim, device="cuda").to(shape.dtype)
     ways = {"cudnn": (SDPBackend.CUDNN_ATTENTION, plain), "fa2": (SDPBackend.FLASH_ATTENTION, plain)}
     if case.group > 1 and case.queries == 1:
         grouped = plain.reshape(case.batch, shape.kv_heads, case.group, shape.head_dim)
         ways["fa2 grouped"] = (SDPBackend.FLASH_ATTENTION, grouped)
     for name, (backend, query) in ways.items():
+        if case.queries > 1 and times.get("cudnn", 0.0) > _LONG_MS:
+            continue
 
         def run(backend: SDPBackend = backend, query: Tensor = query) -> None:
             with sdpa_kernel(backend):
@@ -279,13 +286,12 @@ def _in_blocks(case: Case, query: Tensor, planted: ClusteredKeys, layers: list[C
     return graph_ms(run) / len(layers)
 
 
-def time_on_device(asked: Sweep, on_stage: Callable[[str], None] = lambda stage: None) -> list[dict[str, Any]]:
-    """Every combination, as `squeeze bench attention` prints it; keys are planted and clustered once per context."""
+def time_on_device(asked: Sweep, on_stage: Callable[[str], None] = lambda stage: None) -> Iterator[dict[str, Any]]:
+    """A row for every combination, as it is done; keys are planted and clustered once per context and head shape."""
     dtype = asked.dtype or torch.bfloat16
     coarse = 0.01 if max(asked.levels) > 1 else None
     preset = find_preset(asked.preset)
     storage = replace(preset, key_bits=8) if asked.eight_bits else preset
-    rows = []
     for q_heads, kv_heads in asked.heads:
         for context in asked.contexts:
             on_stage(f"{context} tokens, {q_heads}/{kv_heads} heads: planting keys")
@@ -308,7 +314,6 @@ def time_on_device(asked: Sweep, on_stage: Callable[[str], None] = lambda stage:
                         "dtype": str(dtype).removeprefix("torch."),
                     }
                     found = measure(case, stacks[levels])
-                    rows.append({**about, **{name: value for name, value in found.items() if name != "case"}})
+                    yield {**about, **{name: value for name, value in found.items() if name != "case"}}
             del deep, stacks
             torch.cuda.empty_cache()
-    return rows

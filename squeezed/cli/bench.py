@@ -55,19 +55,24 @@ def attention(
         eight_bits=eight_bits,
     )
     place = resolve_device(device)
+    rows: list[dict[str, Any]] = []
+    run = {"device": _device_name(place), **_versions(), "rows": rows}
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
     with messages.status("planting keys") as status:
         if place.startswith("cuda"):
             from squeezed.bench.device_attention import time_on_device
 
-            rows = time_on_device(asked, status.update)
+            timed = time_on_device(asked, status.update)
         else:
-            rows = time_on_cpu(asked, status.update)
-    run = {"device": _device_name(place), **_versions(), "rows": rows}
+            timed = time_on_cpu(asked, status.update)
+        for row in timed:
+            rows.append(row)
+            if out is not None:  # a sweep is long: what is done is kept
+                (out / "attention.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
     if out is not None:
         from squeezed.bench.plots import plot_speedups
 
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "attention.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
         plot_speedups(run, out / "attention.png")
     if as_json or len(rows) == 1:
         _print(run, as_json)
