@@ -11,12 +11,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from squeezed.ops.layout import ClusteredKeys, ClusterLevel
+from squeezed.clustering import COARSENING, cluster_layer
+from squeezed.config import BuildConfig
+from squeezed.errors import InputError
+from squeezed.ops.layout import ClusteredKeys
 
 
 @dataclass(frozen=True)
 class Planted:
-    """Shape of a planted context; `sharpness` is the range over heads of the standard deviation of the logits."""
+    """Shape of a planted context.
+
+    Attributes:
+        cluster_share: clusters as a share of the keys.
+        coarse_share: the same of a second level, a fifth of the first one's; None is one level.
+        sharpness: range over heads of the standard deviation of the logits.
+        iterations: passes of k-means.
+    """
 
     tokens: int
     q_heads: int
@@ -26,49 +36,13 @@ class Planted:
     cluster_share: float = 0.05
     coarse_share: float | None = None
     sharpness: tuple[float, float] = (1.0, 6.0)
-    iterations: int = 3
+    iterations: int = 8
     dtype: torch.dtype = torch.bfloat16
 
-
-def _nearest(rows: Tensor, centres: Tensor) -> Tensor:
-    """Index of the most similar centre (cosine) of each row."""
-    unit = torch.nn.functional.normalize(centres, dim=1).T.contiguous()
-    return torch.cat([(piece @ unit).argmax(1) for piece in rows.split(max(1, 2**28 // len(centres)))])
-
-
-def _lloyd(rows: Tensor, clusters: int, iterations: int) -> Tensor:
-    """Labels 0..k-1 without gaps after a few iterations from evenly spread rows."""
-    rows = torch.nn.functional.normalize(rows, dim=1)
-    centres = rows[torch.linspace(0, len(rows) - 1, clusters, device=rows.device).long()]
-    label = _nearest(rows, centres)
-    for _ in range(iterations - 1):
-        sums = torch.zeros(clusters, rows.shape[1], device=rows.device).index_add(0, label, rows.float())
-        centres = torch.where(sums.any(1, keepdim=True), sums, centres.float()).to(rows.dtype)
-        label = _nearest(rows, centres)
-    return torch.unique(label, return_inverse=True)[1]
-
-
-def _pad(parts: list[Tensor], repeat_last: bool = False) -> Tensor:
-    longest = max(len(part) for part in parts)
-    out = parts[0].new_zeros(len(parts), longest, *parts[0].shape[1:])
-    for head, part in enumerate(parts):
-        out[head, : len(part)] = part
-        if repeat_last:
-            out[head, len(part) :] = part[-1]
-    return out
-
-
-def _level(keys: Tensor, labels: list[Tensor], runs: list[Tensor]) -> ClusterLevel:
-    """Means and sizes over keys, offsets over children. labels: per head, cluster of each (permuted) key."""
-    centroids, sizes, offsets = [], [], []
-    for head, (label, run) in enumerate(zip(labels, runs, strict=True)):
-        size = torch.bincount(label, minlength=len(run))
-        sums = torch.zeros(len(run), keys.shape[2], device=keys.device)
-        sums.index_add_(0, label, keys[head, : len(label)].float())
-        centroids.append((sums / size[:, None]).to(keys.dtype))
-        sizes.append(size.int())
-        offsets.append(torch.nn.functional.pad(run.cumsum(0), (1, 0)).int())
-    return ClusterLevel(_pad(centroids), _pad(sizes), _pad(offsets, repeat_last=True))
+    def __post_init__(self) -> None:
+        expected = self.cluster_share / COARSENING
+        if self.coarse_share is not None and abs(self.coarse_share - expected) > 1e-9:
+            raise InputError(f"coarse share is {self.coarse_share}: expected a fifth of the finer one, {expected:g}")
 
 
 def planted_keys(shape: Planted, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -97,35 +71,18 @@ def _draw(shape: Planted, generator: torch.Generator, device: str) -> Tensor:
 
 
 def planted_context(shape: Planted, device: str, seed: int = 0) -> ClusteredKeys:
-    """Keys and values of one layer, clustered: [kv_heads, tokens, head_dim]."""
-    clustered = shape.tokens - shape.window
-    fine_count = int(clustered * shape.cluster_share)
-    keys, values = planted_keys(shape, device, seed)
-    fine_labels, fine_runs, coarse_labels, coarse_runs = [], [], [], []
-    for head in range(shape.kv_heads):
-        drawn = keys[head].clone()
-        label = _lloyd(drawn[:clustered], fine_count, shape.iterations)
-        fine = int(label.max()) + 1
-        parent = torch.zeros(fine, dtype=torch.long, device=device)
-        if shape.coarse_share:
-            sums = torch.zeros(fine, shape.head_dim, device=device).index_add_(0, label, drawn[:clustered].float())
-            parent = _lloyd(sums.to(shape.dtype), int(clustered * shape.coarse_share), shape.iterations)
-        by_parent = parent.argsort(stable=True)
-        rank = torch.empty_like(by_parent)
-        rank[by_parent] = torch.arange(fine, device=device)
-        label = rank[label]
-        order = label.argsort(stable=True)
-        keys[head, :clustered] = drawn[order]
-        keys[head, clustered:] = drawn[clustered:]
-        fine_labels.append(label[order])
-        fine_runs.append(torch.bincount(label, minlength=fine))
-        coarse_runs.append(torch.bincount(parent))
-        coarse_labels.append(parent[by_parent][fine_labels[-1]])
-    levels = [_level(keys, fine_labels, fine_runs)]
-    if shape.coarse_share:
-        levels.append(_level(keys, coarse_labels, coarse_runs))
-    positions = torch.arange(clustered, dtype=torch.int32, device=device).expand(shape.kv_heads, -1)
-    return ClusteredKeys(keys, values, positions, tuple(levels), clustered)
+    """Keys and values of one layer, clustered as the paper does: [kv_heads, tokens, head_dim]."""
+    config = BuildConfig(
+        clusters=shape.cluster_share,
+        levels=2 if shape.coarse_share else 1,
+        window=shape.window,
+        sinks=0,
+        second_order=False,
+        compensate=False,
+        centroid_bits=16,
+        iterations=shape.iterations,
+    )
+    return cluster_layer(*planted_keys(shape, device, seed), config)
 
 
 def copies(layer: ClusteredKeys, count: int) -> list[ClusteredKeys]:

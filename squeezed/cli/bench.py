@@ -1,8 +1,9 @@
-"""squeeze bench attention, squeeze bench generate"""
+"""squeeze bench attention, build, generate, needle"""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
@@ -78,6 +79,37 @@ def attention(
         _print(run, as_json)
     else:
         _print_speedups(run)
+
+
+@bench_app.command()
+def build(
+    device: Device = "auto",
+    context: Annotated[list[int] | None, typer.Option(help="Tokens of fixed context. Repeatable. [128K]")] = None,
+    q_heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
+    kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 8,
+    layers: Annotated[int, typer.Option(help="Decoder layers.")] = 32,
+    head_dim: Annotated[int, typer.Option(help="Dimension of a head.")] = 128,
+    clusters: Annotated[float, typer.Option(help="Clusters as a share of the keys.")] = 0.05,
+    levels: Annotated[int, typer.Option(help="Cluster levels, 1 to 3.")] = 1,
+    preset: Annotated[str, typer.Option(help="best: ours; paper: the published method.")] = "best",
+    dtype: DType = "auto",
+    as_json: JsonFlag = False,
+) -> None:
+    """Clustering and calibration of a whole context, by stage; prefill is not counted."""
+    import torch
+
+    from squeezed.bench.build import BuildCase, time_build
+    from squeezed.config import find_preset
+
+    place = resolve_device(device)
+    kind = parse_dtype(dtype) or (torch.bfloat16 if place.startswith("cuda") else torch.float32)
+    config = replace(find_preset(preset), clusters=clusters, levels=levels)
+    rows = []
+    with messages.status("planting keys") as status:
+        for tokens in context or [131072]:
+            case = BuildCase(tokens, q_heads, kv_heads, layers, head_dim, kind, config)
+            rows.append(time_build(case, place, status.update))
+    _print({"device": _device_name(place), **_versions(), "rows": rows}, as_json)
 
 
 @bench_app.command()

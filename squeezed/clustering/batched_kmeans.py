@@ -30,12 +30,18 @@ _EXACT = 8192  # seeds that a row is compared with at the start
 _EXACT_GROUP = 1024
 _REGROUP = 4  # passes with the same groups
 _SETTLED = 0.02  # stop when passes move fewer than this share of the rows: 0.6% above where they would end
+_MENDED = 0.005  # and clusters that began anew took off less than this share of the sum of squared distances
 _DISTANCES = {"cpu": 2**24, "cuda": 2**28}  # float32 distances between centres held at once
 _log = logging.getLogger(__name__)
 
 
 def kmeans(
-    vectors: Tensor, clusters: int, iterations: int = 20, weights: Tensor | None = None, metric: str = "cosine"
+    vectors: Tensor,
+    clusters: int,
+    iterations: int = 20,
+    weights: Tensor | None = None,
+    metric: str = "cosine",
+    space: Tensor | None = None,
 ) -> Tensor:
     """k-means of all heads at once, deterministic.
 
@@ -45,6 +51,7 @@ def kmeans(
         iterations: most passes after the first assignment; each looks at half of the rows.
         weights: [heads, n], how many keys each row stands for; 1 when None. Rows of weight 0 are padding at the end.
         metric: "cosine" clusters normalised rows, "euclidean" the rows as they are.
+        space: [heads, dim, dim] float32; vectors @ space is clustered. None: the vectors themselves.
 
     Returns:
         [heads, n] int64 labels below `clusters`. Some labels may be unused (duplicate rows); see `build_levels`.
@@ -59,12 +66,15 @@ def kmeans(
         try:
             return torch.cat(
                 [
-                    _kmeans(some, clusters, iterations, None if mass is None else mass.float(), metric)
-                    for some, mass in zip(
-                        vectors.split(together),
-                        [None] * len(vectors) if weights is None else weights.split(together),
-                        strict=False,
+                    _kmeans(
+                        vectors[some],
+                        clusters,
+                        iterations,
+                        None if weights is None else weights[some].float(),
+                        metric,
+                        None if space is None else space[some],
                     )
+                    for some in (slice(at, at + together) for at in range(0, len(vectors), together))
                 ]
             )
         except torch.OutOfMemoryError as error:
@@ -90,13 +100,15 @@ def inertia(vectors: Tensor, labels: Tensor, metric: str = "cosine") -> Tensor:
     return torch.stack(found)
 
 
-def _kmeans(vectors: Tensor, clusters: int, iterations: int, mass: Tensor | None, metric: str) -> Tensor:
-    rows, squares = _prepare(vectors, metric)
+def _kmeans(
+    vectors: Tensor, clusters: int, iterations: int, mass: Tensor | None, metric: str, space: Tensor | None
+) -> Tensor:
+    rows, squares = _prepare(vectors, metric, space)
     labels = _first_labels(rows, squares, mass, clusters)
     moved, looked_at = torch.zeros((), dtype=torch.int64, device=rows.device), 0
     for iteration in range(iterations):
         if iteration % _REGROUP == 0:
-            if looked_at and int(moved) < _SETTLED * looked_at:
+            if looked_at and int(moved) < _SETTLED * looked_at and float(mended.max()) < _MENDED:
                 break
             order, offsets = _sorted(labels, clusters)
             centres = _centres(rows, order, offsets, mass)
@@ -105,7 +117,7 @@ def _kmeans(vectors: Tensor, clusters: int, iterations: int, mass: Tensor | None
             moved.zero_()
             looked_at = 0
         if iteration < _REGROUP or iteration % _REGROUP == 0:
-            labels = _begin_anew(rows, squares, labels, mass, groups)
+            labels, mended = _begin_anew(rows, squares, labels, mass, groups)
         order, offsets = _sorted(labels, clusters)
         centres = _centres(rows, order, offsets, mass)
         buckets = Buckets(order, offsets.gather(1, groups.starts), groups.candidates)
@@ -115,7 +127,7 @@ def _kmeans(vectors: Tensor, clusters: int, iterations: int, mass: Tensor | None
     return labels
 
 
-def _prepare(vectors: Tensor, metric: str) -> tuple[Tensor, Tensor]:
+def _prepare(vectors: Tensor, metric: str, space: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows at most 1 long (float16 on a GPU, for its matrix units) and their squared lengths [heads, n] float32."""
     heads, n, dim = vectors.shape
     dtype = torch.float16 if vectors.is_cuda else torch.float32
@@ -123,17 +135,20 @@ def _prepare(vectors: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     squares = torch.empty(heads, n, device=vectors.device)
     step = max(1, _DISTANCES[vectors.device.type] // (heads * dim))
     blocks = [slice(first, first + step) for first in range(0, n, step)]
+    # Euclidean distances do not depend on the origin, but their rounding does.
     centre = vectors.mean(dim=1, keepdim=True, dtype=torch.float32) if metric == "euclidean" else None
+
+    def wide(block: slice) -> Tensor:
+        some = vectors[:, block].float() if centre is None else vectors[:, block].float() - centre
+        return some if space is None else some @ space
+
     longest = torch.full((heads, 1, 1), 1e-30, device=vectors.device)
     if centre is not None:
-        # Distances do not depend on the origin, but their rounding does.
         for block in blocks:
-            lengths = (vectors[:, block].float() - centre).norm(dim=-1, keepdim=True)
-            longest = torch.maximum(longest, lengths.amax(dim=1, keepdim=True))
+            longest = torch.maximum(longest, wide(block).norm(dim=-1, keepdim=True).amax(dim=1, keepdim=True))
     for block in blocks:
-        wide = vectors[:, block].float()
-        wide = torch.nn.functional.normalize(wide, dim=-1) if centre is None else (wide - centre) / longest
-        rows[:, block] = wide
+        some = wide(block)
+        rows[:, block] = torch.nn.functional.normalize(some, dim=-1) if centre is None else some / longest
         squares[:, block] = rows[:, block].float().square().sum(-1)
     return rows, squares
 
@@ -229,8 +244,14 @@ def _by_pivot(centres: Centres, pivots: int) -> Tensor:
     return group.argsort(dim=1, stable=True)
 
 
-def _begin_anew(rows: Tensor, squares: Tensor, labels: Tensor, mass: Tensor | None, groups: _Groups) -> Tensor:
-    """Join pairs of clusters where that costs less than making the farthest row of another a cluster gains."""
+def _begin_anew(
+    rows: Tensor, squares: Tensor, labels: Tensor, mass: Tensor | None, groups: _Groups
+) -> tuple[Tensor, Tensor]:
+    """Join pairs of clusters where that costs less than making the farthest row of another a cluster gains.
+
+    Returns:
+        [heads, n] new labels, and by how much the sum of squared distances fell: a share [heads].
+    """
     heads, clusters = groups.number.shape
     order, offsets = _sorted(labels, clusters)
     centres = _centres(rows, order, offsets, mass)
@@ -259,7 +280,9 @@ def _begin_anew(rows: Tensor, squares: Tensor, labels: Tensor, mass: Tensor | No
     labels = itself.scatter(1, joined, number).gather(1, labels)
     n = labels.shape[1]
     row = torch.where(worth, far.gather(1, split), n)  # a column that is cut off again takes what is not worth it
-    return torch.nn.functional.pad(labels, (0, 1)).scatter_(1, row, joined)[:, :n].contiguous()
+    labels = torch.nn.functional.pad(labels, (0, 1)).scatter_(1, row, joined)[:, :n].contiguous()
+    inertia = squares.sum(1) - (sizes * centres.rows.square().sum(-1)).sum(1)
+    return labels, (worth * (dearest - cheapest)).sum(1) / inertia.clamp(min=1e-30)
 
 
 def _wide(index: Tensor, like: Tensor) -> Tensor:

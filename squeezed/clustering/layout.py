@@ -66,15 +66,13 @@ def find_clusters(
         [heads, K] int64 in keys, padded with 0 where a head has fewer.
     """
     metric = "cosine" if space is None else "euclidean"
-    if space is not None:
-        keys = torch.stack([head.float() @ linear for head, linear in zip(keys, space, strict=True)])
-    labels = [kmeans(keys, clusters, config.iterations, metric=metric)]
+    labels = [kmeans(keys, clusters, config.iterations, metric=metric, space=space)]
     order = labels[0].argsort(dim=1, stable=True)
     for _ in range(1, config.levels):
         offsets = _bounds(labels[-1].gather(1, order), clusters)
         centroids = run_means(keys, order, offsets)
         clusters = max(1, round(clusters / COARSENING))
-        coarse = kmeans(centroids, clusters, config.iterations, offsets.diff(dim=1), metric)
+        coarse = kmeans(centroids, clusters, config.iterations, offsets.diff(dim=1), metric, space)
         labels.append(coarse.gather(1, labels[-1]))
         order = labels[-1].argsort(dim=1, stable=True)
     # Sorted by the finest, then stably by the next coarser, and so on: every cluster is one run.
