@@ -105,7 +105,7 @@ def _kmeans(
 ) -> Tensor:
     rows, squares = _prepare(vectors, metric, space)
     labels = _first_labels(rows, squares, mass, clusters)
-    moved, looked_at = torch.zeros((), dtype=torch.int64, device=rows.device), 0
+    moved, mended, looked_at = torch.zeros((), dtype=torch.int64, device=rows.device), rows.new_zeros(1), 0
     for iteration in range(iterations):
         if iteration % _REGROUP == 0:
             if looked_at and int(moved) < _SETTLED * looked_at and float(mended.max()) < _MENDED:
