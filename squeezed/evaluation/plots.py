@@ -34,6 +34,7 @@ _STYLES: dict[str, dict[str, Any]] = {
     "random": {"color": "0.55", "marker": "x", "linestyle": ":"},
     "oracle": {"color": "0.25", "marker": "*", "linestyle": ":"},
 }
+_LABEL_GAP = 0.047  # between labels, as a share of the axis
 _SPARE = ("#444444", "#996633", "#336699", "#669933", "#993366")
 
 
@@ -95,7 +96,7 @@ def _budget_panel(axis: Any, rows: Metrics, value: Callable[[Metrics], dict[str,
         xs = [x for x, _ in points]
         ys = np.array([[y["mean"], y["low"], y["high"]] for _, y in points])
         axis.plot(xs, ys[:, 0], markersize=6, **{"linewidth": 1.3, "linestyle": "-", "zorder": 3, **style})
-        if spec.startswith("squeezed") and "paper" not in spec and not falling:
+        if spec == "squeezed" and not falling:
             axis.fill_between(xs, ys[:, 1], ys[:, 2], color=style["color"], alpha=0.10, linewidth=0)
         ends.append((xs[-1], float(ys[-1, 0]), own[0][2]["title"], style))
     axis.set_xscale("log")
@@ -143,15 +144,7 @@ def _label_ends(axis: Any, ends: Sequence[tuple[float, float, str, dict[str, Any
         return (np.log(y / low) / np.log(high / low)) if log else (y - low) / (high - low)
 
     ordered = sorted(ends, key=lambda end: end[1])
-    gap = 0.049
-    heights: list[float] = []
-    for _, y, _, _ in ordered:
-        heights.append(max(place(max(y, 1e-12)), heights[-1] + gap if heights else 0.0))
-    # Pushed past the top: shift the whole stack down again, from above.
-    ceiling = 1.0
-    for i in reversed(range(len(heights))):
-        heights[i] = min(heights[i], ceiling)
-        ceiling = heights[i] - gap
+    heights = _apart([place(max(y, 1e-12)) for _, y, _, _ in ordered], _LABEL_GAP)
     for (x, y, name, style), height in zip(ordered, heights, strict=True):
         axis.annotate(
             name,
@@ -168,11 +161,26 @@ def _label_ends(axis: Any, ends: Sequence[tuple[float, float, str, dict[str, Any
                 "color": style["color"],
                 "linewidth": 0.5,
                 "alpha": 0.5,
+                "relpos": (0.0, 0.5),
                 "shrinkA": 1,
                 "shrinkB": 3,
             },
             annotation_clip=False,
         )
+
+
+def _apart(heights: Sequence[float], gap: float) -> list[float]:
+    """The nearest ascending heights (least squares) that lie at least `gap` apart: isotonic regression."""
+    blocks: list[list[float]] = []  # sum and number of members, which stand as one
+    for number, height in enumerate(heights):
+        blocks.append([height - number * gap, 1.0])
+        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
+            total, count = blocks.pop()
+            blocks[-1] = [blocks[-1][0] + total, blocks[-1][1] + count]
+    levels = [total / count for total, count in blocks for _ in range(int(count))]
+    found = [level + number * gap for number, level in enumerate(levels)]
+    over = max(0.0, (found[-1] if found else 0.0) - 1.0)
+    return [height - over for height in found]
 
 
 def by_task(metrics: Metrics) -> Figure:
@@ -182,7 +190,7 @@ def by_task(metrics: Metrics) -> Figure:
     tasks = [task for task in metrics["tasks"] if any(task in row["tasks"] for row in found["rows"].values())]
     columns = min(4, len(tasks))
     rows = -(-len(tasks) // columns)
-    drawn, axes = figure(rows, columns, (3.9 * columns, 3.0 * rows), squeeze=False, sharex=True)
+    drawn, axes = figure(rows, columns, (3.9 * columns, 3.0 * rows), squeeze=False)
     handles: dict[str, Any] = {}
     for axis, task in zip(axes.flat, tasks, strict=False):
         for spec in dict.fromkeys(row["method"] for row in found["rows"].values()):
@@ -204,14 +212,16 @@ def by_task(metrics: Metrics) -> Figure:
         axis.set_xticks([0.05, 0.1, 0.2, 0.4])
     for axis in list(axes.flat)[len(tasks) :]:
         axis.remove()
-    drawn.supxlabel("KV budget (log)")
-    drawn.supylabel("score (%)")
-    drawn.suptitle(f"{metrics['suite']} by task, {int(length):,} tokens, {metrics['model']} (black: full attention)")
+    drawn.suptitle(
+        f"{metrics['suite']}, {int(length):,} tokens, {metrics['model']}: score (%) against KV budget (log) by task; "
+        "black is full attention"
+    )
     drawn.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False)
     return drawn
 
 
 _DEPTHS = 5
+_DARK = 60  # percent from which a cell is dark enough for white figures
 
 
 def _is_needle(record: Record) -> bool:
@@ -243,9 +253,10 @@ def needles(metrics: Metrics, records: Sequence[Record]) -> Figure:
                 ]
                 if scores:
                     grid[i, j] = 100 * float(np.mean(scores))
-        image = axis.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+        image = axis.imshow(grid, vmin=0, vmax=100, cmap="YlGnBu", aspect="auto")
         for (i, j), score in np.ndenumerate(grid):
-            axis.text(j, i, "" if np.isnan(score) else f"{score:.0f}", ha="center", va="center", fontsize=8)
+            shown, colour = f"{score:.0f}", "white" if score >= _DARK else "black"
+            axis.text(j, i, "" if np.isnan(score) else shown, ha="center", va="center", fontsize=8, color=colour)
         kv_budget = np.mean([record["kv_budget"] for record in own])
         name = metrics["lengths"][str(lengths[-1])]["rows"].get(row, {}).get("title", row)
         axis.set_title(f"{name}, {kv_budget:.3f}", fontsize=9)
@@ -258,7 +269,7 @@ def needles(metrics: Metrics, records: Sequence[Record]) -> Figure:
     drawn.supylabel("tokens")
     drawn.suptitle(f"Needles found (%), {metrics['model']}; method, realised KV budget")
     if image is not None:
-        drawn.colorbar(image, ax=axes, shrink=0.8, pad=0.01)
+        drawn.colorbar(image, ax=list(axes.flat)[: len(chosen)], shrink=0.8, pad=0.01)
     return drawn
 
 
