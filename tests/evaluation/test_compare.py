@@ -142,3 +142,15 @@ def test_the_bootstrap_interval_holds_the_mean_about_as_often_as_it_says() -> No
 
 def test_tasks_count_alike_in_an_average() -> None:
     assert bootstrap([[1.0] * 10, [0.0] * 90]).mean == 0.5
+
+
+def test_labels_are_moved_apart_and_no_further() -> None:
+    from squeezed.evaluation.plots import _apart
+
+    assert _apart([0.1, 0.5, 0.9], 0.05) == pytest.approx([0.1, 0.5, 0.9])
+    assert _apart([0.5, 0.5, 0.5], 0.1) == pytest.approx([0.4, 0.5, 0.6])
+    assert _apart([0.2, 0.98, 1.0], 0.1)[-1] <= 1.0
+    found = _apart([0.1, 0.12, 0.13, 0.8], 0.05)
+    assert all(above - below >= 0.05 - 1e-9 for below, above in zip(found, found[1:], strict=False))
+    assert found[-1] == pytest.approx(0.8)
+    assert _apart([], 0.1) == []
