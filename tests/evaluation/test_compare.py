@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,6 @@ def test_labels_are_moved_apart_and_no_further() -> None:
     assert _apart([0.5, 0.5, 0.5], 0.1) == pytest.approx([0.4, 0.5, 0.6])
     assert _apart([0.2, 0.98, 1.0], 0.1)[-1] <= 1.0
     found = _apart([0.1, 0.12, 0.13, 0.8], 0.05)
-    assert all(above - below >= 0.05 - 1e-9 for below, above in zip(found, found[1:], strict=False))
+    assert all(above - below >= 0.05 - 1e-9 for below, above in pairwise(found))
     assert found[-1] == pytest.approx(0.8)
     assert _apart([], 0.1) == []
