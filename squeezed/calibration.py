@@ -144,7 +144,7 @@ def calibrate(
     of log scores per curve is all that is kept, whatever the length.
 
     Args:
-        layers: the squeezed layers' indices; an `outline` of each will do.
+        layers: the squeezed layers' indices, wherever they are; an `outline` of each will do.
         queries: per layer, segments of consecutive queries [q_heads, length, head_dim] after RoPE.
         scales: per layer, the attention module's scaling.
         on_progress: called with (done, total) after each layer of each pass.
@@ -165,10 +165,11 @@ def calibrate(
             for layer, segments, scale in zip(layers, queries, scales, strict=True):
                 blocks = torch.cat([_blocks(segment, count) for segment in segments])
                 device = blocks.device
+                here = outline(layer).to(device)
                 step = max(1, _WEIGHTS[device.type] // (blocks.shape[1] * count * layer.levels[level].shape[1]))
                 own = torch.zeros(len(histograms), _BINS, dtype=torch.float64, device=device)
                 for some in blocks.split(step):
-                    own += _histograms(layer, level, some, scale, list(histograms))
+                    own += _histograms(here, level, some, scale, list(histograms))
                 for histogram, part in zip(histograms.values(), own.cpu(), strict=True):
                     histogram += part
                 done += 1

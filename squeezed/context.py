@@ -12,46 +12,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from squeezed import query_metric, template
-from squeezed.attention import attached
-from squeezed.cache import FixedLayer, FixedSlidingLayer, Selection, SqueezedCache
+from squeezed import template
+from squeezed.cache import Selection, SqueezedCache
 from squeezed.calibration import ThresholdCurves, calibrate
-from squeezed.clustering import cluster_layer
 from squeezed.config import BuildConfig, check_sparsity
 from squeezed.decode.loop import Steps
 from squeezed.errors import InputError
 from squeezed.models import attention_modules, max_positions, model_identity, rope_switch, tokenizer_identity
 from squeezed.ops.layout import ClusteredKeys
 from squeezed.prefill import PrefilledLayer, prefill
+from squeezed.preparation import PROBES, Probes, SlidingTail, prepare_layer, question_layer, scale_of
 from squeezed.quality import measure_errors
-from squeezed.second_order import fit_spread
 from squeezed.text import Part, locate_parts, read_files
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
-
-# General questions whose queries calibrate, see squeezed.calibration: as unlike one another as users' questions are,
-# and one long enough to calibrate selections shared by 64 queries.
-PROBES = (
-    "What is this text about?",
-    "Who is mentioned first, and what did they do? Answer in one sentence.",
-    "List three facts from the text, with the numbers and dates that it gives for them.",
-    "I have read the text above only once and need your help. Please look for the passage that says how things are "
-    "supposed to work, compare it with what actually happened according to the rest of the text, and then tell me in a "
-    "few short sentences what I should do next, where I can read more about it, and whom I could ask if something is "
-    "still unclear to me.",
-)
-
-
-@dataclass(frozen=True)
-class SlidingTail:
-    """The last tokens of a sliding-window layer, in text order: keys, values [kv_heads, tail, head_dim]."""
-
-    keys: Tensor
-    values: Tensor
-    sliding_window: int
-
-    def to(self, device: torch.device | str) -> SlidingTail:
-        return replace(self, keys=self.keys.to(device), values=self.values.to(device))
 
 
 @dataclass(frozen=True)
@@ -148,24 +122,8 @@ class FixedContext:
             identity: of model and tokenizer, for whoever builds many contexts with them; taken afresh if left out.
         """
         modules = attention_modules(model)
-        layers: list[ClusteredKeys | SlidingTail] = []
-        queries: list[Tensor] = []
-        for i, layer in enumerate(prefilled):
-            if layer.queries is None:
-                layers.append(SlidingTail(layer.keys.clone(), layer.values.clone(), layer.sliding_window or 0))
-            else:
-                space = None
-                if config.metric == "query" and layer.moment is not None:
-                    group = layer.queries.shape[0] // layer.keys.shape[0]
-                    space = query_metric.factor(layer.moment, group * layer.keys.shape[1])
-                clustered = cluster_layer(layer.keys, layer.values, config, space=space)
-                layers.append(fit_spread(clustered, layer.queries, _scale(modules[i])))
-                queries.append(layer.queries)
-            on_progress("cluster", i + 1, len(modules))
-        squeezed = [layer for layer in layers if isinstance(layer, ClusteredKeys)]
-        scales = [_scale(m) for m, layer in zip(modules, layers, strict=True) if isinstance(layer, ClusteredKeys)]
         context = cls(
-            layers=tuple(layers),
+            layers=(),
             curves=ThresholdCurves.keep_everything(config.levels),
             ids=torch.tensor(prefix.ids),
             seam=prefix.seam,
@@ -175,24 +133,44 @@ class FixedContext:
             model=identity[0] if identity else model_identity(model),
             tokenizer=identity[1] if identity else tokenizer_identity(tokenizer),
         )
-        segments = [[window] for window in queries]
-        if prefix.seam.chat and config.calibration == "questions":
-            segments = context._observe_probes(model, tokenizer)
-        curves = calibrate(squeezed, segments, scales, lambda done, total: on_progress("calibrate", done, total))
-        errors = measure_errors(squeezed, segments, scales, curves)
-        return replace(context, curves=replace(curves, errors=errors))
+        probes = context.probes(model, tokenizer)
+        layers: list[ClusteredKeys | SlidingTail] = []
+        queries: list[list[Tensor]] = []
+        for i, layer in enumerate(prefilled):
+            made = prepare_layer(layer, modules[i], config)
+            layers.append(made)
+            observed = probes.observe(i, made) if probes is not None else []
+            if layer.queries is not None:
+                queries.append(observed or [layer.queries])
+            on_progress("cluster", i + 1, len(modules))
+        return replace(context, layers=tuple(layers)).calibrated(model, queries, on_progress)
 
-    def _observe_probes(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[list[Tensor]]:
-        """Per squeezed layer, the queries of each of PROBES asked of this context, every key attended."""
-        observed: list[list[Tensor]] = [[] for _ in self.squeezed_layers]
-        for probe in PROBES:
-            inputs = self.inputs(tokenizer, [probe], dense=True, device=model.device)
-            cache: SqueezedCache = inputs["past_key_values"]
-            for layer, queries in zip(cache.fixed_layers, observed, strict=True):
-                layer.observed = queries
-            with torch.no_grad(), attached(model):
-                model.get_decoder()(**inputs, use_cache=True)
-        return [[query[0] for query in queries] for queries in observed]
+    def probes(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Probes | None:
+        """The questions whose queries calibrate this context; None where its own last queries do."""
+        if not self.seam.chat or self.config.calibration != "questions":
+            return None
+        encoded = [self.encode(tokenizer, [[{"role": "user", "content": probe}]]) for probe in PROBES]
+        return Probes(model, self.tokens, [given_up for given_up, _ in encoded], [ids[0] for _, ids in encoded])
+
+    def calibrated(
+        self,
+        model: PreTrainedModel,
+        queries: Sequence[Sequence[Tensor]],
+        on_progress: Progress = lambda stage, done, total: None,
+    ) -> FixedContext:
+        """This context with thresholds and measured errors; its layers may be elsewhere than `queries`, on a disk even.
+
+        Args:
+            queries: per squeezed layer, segments of queries [q_heads, length, head_dim] after RoPE.
+        """
+        modules = attention_modules(model)
+        scales = [
+            scale_of(m) for m, layer in zip(modules, self.layers, strict=True) if isinstance(layer, ClusteredKeys)
+        ]
+        layers = self.squeezed_layers
+        curves = calibrate(layers, queries, scales, lambda done, total: on_progress("calibrate", done, total))
+        errors = measure_errors((layer.to(model.device) for layer in layers), queries, scales, curves)
+        return replace(self, curves=replace(curves, errors=errors))
 
     @property
     def tokens(self) -> int:
@@ -279,15 +257,7 @@ class FixedContext:
             InputError: sparsity outside 0 to 1.
         """
         selection = Selection(None if dense else self.curves, check_sparsity(sparsity), adaptive=adaptive)
-        end = self.tokens - given_up
-        layers: list[FixedLayer | FixedSlidingLayer] = []
-        for layer in self.layers:
-            if isinstance(layer, ClusteredKeys):
-                layers.append(FixedLayer(layer, selection, end))
-            else:
-                stop = layer.keys.shape[1] - given_up
-                tail = slice(max(0, stop - layer.sliding_window + 1), stop)
-                layers.append(FixedSlidingLayer(layer.keys[:, tail], layer.values[:, tail], end, layer.sliding_window))
+        layers = [question_layer(layer, selection, self.tokens, given_up) for layer in self.layers]
         return SqueezedCache(layers)
 
     def encode(
@@ -364,7 +334,3 @@ def _check_length(tokens: int, config: BuildConfig) -> None:
             f"the text is {tokens} tokens long: expected at least {needed}, a window of {config.window} and "
             "one cluster; a text this short needs no squeezing"
         )
-
-
-def _scale(module: torch.nn.Module) -> float:
-    return float(getattr(module, "scaling", None) or module.head_dim**-0.5)  # type: ignore[operator]

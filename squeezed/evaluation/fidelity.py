@@ -23,7 +23,7 @@ from squeezed.evaluation.suites.texts import key_tokens
 from squeezed.ops import reference
 
 Record = dict[str, Any]
-# Unlike the questions that calibrate, see squeezed.context.PROBES.
+# Unlike the questions that calibrate, see squeezed.preparation.PROBES.
 QUESTIONS = (
     "Summarise the passage above in two sentences.",
     "Which claim in the text is the least convincing, and why? Quote the words that you doubt.",
