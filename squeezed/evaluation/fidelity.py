@@ -64,6 +64,7 @@ def measure_passage(
     keys = None
     if suite == "longppl":
         keys = _key_tokens(prepared, full, continuation)
+    prepared.rows(missing, 0, 1)  # builds what the rows need while the model is still as it was
     merged: dict[str, list[Record]] = {row.key: [] for row in missing}
     for reading in readings:
         on_stage(f"reading {reading.kind}")

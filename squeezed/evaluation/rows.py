@@ -338,8 +338,10 @@ def scoring(model: PreTrainedModel) -> Iterator[None]:
     """Let `model` run on the caches of this module for the length of a with block."""
 
     def hand_over(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        cache: Cache = kwargs["past_key_values"]
-        kwargs["scored_layer"] = cache.layers[module.layer_idx]
+        cache: Cache | None = kwargs.get("past_key_values")
+        layer = None if cache is None else cache.layers[module.layer_idx]
+        if isinstance(layer, RowsLayer):
+            kwargs["scored_layer"] = layer
         return args, kwargs
 
     before = model.config._attn_implementation
