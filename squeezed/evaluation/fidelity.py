@@ -18,7 +18,8 @@ from torch import Tensor
 from squeezed.attention import attend_own
 from squeezed.evaluation.jobs import Passage
 from squeezed.evaluation.prepared import Prepared, RowsCache, Subject, in_order
-from squeezed.evaluation.rows import Row, ScoredLayer, bytes_of, last_reads, scoring
+from squeezed.evaluation.rows import Row, ScoredLayer, bytes_of, last_reads
+from squeezed.evaluation.seam import scoring
 from squeezed.evaluation.suites.texts import key_tokens
 from squeezed.ops import reference
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from squeezed.evaluation.prepared import Prepared, RowsCache
-from squeezed.evaluation.rows import Row, bytes_of, last_reads, scoring
+from squeezed.evaluation.rows import Row, bytes_of, last_reads
+from squeezed.evaluation.seam import scoring
 
 _log = logging.getLogger(__name__)
 _CHECKED = 32  # guessed tokens checked in one pass while a row follows the dense answer

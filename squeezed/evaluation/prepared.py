@@ -18,7 +18,8 @@ from squeezed.context import FixedContext
 from squeezed.errors import InputError
 from squeezed.evaluation.methods.base import LayerContext, Method
 from squeezed.evaluation.methods.squeezed import Squeezed, sparsity_for
-from squeezed.evaluation.rows import Group, Place, Row, RowsLayer, ScoredLayer, SlidingRowsLayer
+from squeezed.evaluation.place import Place
+from squeezed.evaluation.rows import Group, Row, RowsLayer, ScoredLayer, SlidingRowsLayer
 from squeezed.models import attention_modules, max_positions, model_identity, tokenizer_identity
 from squeezed.prefill import PrefilledLayer, prefill
 

@@ -6,25 +6,22 @@ stand at different lengths, so that one can go on generating where another has g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
 from squeezed.attention import attend_fixed, attend_own
 from squeezed.cache import FixedLayer, Read
 from squeezed.evaluation.methods.base import Asked, Choice, LayerContext, Method, products
-from squeezed.models import attention_modules
+from squeezed.evaluation.place import Place
+from squeezed.evaluation.streams import side_by_side
 from squeezed.ops import merge_attention
 
-NAME = "squeezed-evaluation"
-_MOST_STREAMS = 12
 _BATCHES = (32, 64, 128)  # query tokens that go to the GPU kernels together
 _LOGITS = {"cpu": 2**25, "cuda": 2**28}  # float32 logits held at once
 
@@ -49,44 +46,6 @@ class Group:
     rows: slice
     method: Method
     states: Sequence[Any]
-
-
-class Place:
-    """Where each row of a batch stands; shared by the layers.
-
-    Attributes:
-        lengths: [R] int64 on the device, own tokens that are in the cache.
-        rows, active: rows in the current pass, as a list and as [A] int64 on the device.
-        width: tokens that the current pass feeds to each row.
-        reach: own tokens that the pass looks at, at least those of every row after it.
-        places: [A, width] int64, place of each fed token among its row's own.
-        bytes: [A, width] float64, bytes of the fixed context that choosing methods read in the current pass, all layers
-            together.
-    """
-
-    def __init__(self, rows: int, device: torch.device) -> None:
-        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.host_lengths = [0] * rows
-        self.device = device
-
-    def begin(self, rows: Sequence[int], width: int, reach: int | None = None) -> None:
-        """Begin a pass; a fixed `reach` makes it one that can be recorded."""
-        self.rows = list(rows)
-        self.active = torch.tensor(self.rows, device=self.device)
-        self.width = width
-        self.reach = reach or max(self.host_lengths[row] for row in rows) + width
-        self.restart()
-
-    def restart(self) -> None:
-        """The part of `begin` that happens on the device, for passes that are replayed."""
-        self.places = self.lengths[self.active].unsqueeze(1) + torch.arange(self.width, device=self.device)
-        self.bytes = torch.zeros(len(self.rows), self.width, dtype=torch.float64, device=self.device)
-
-    def accept(self, tokens: dict[int, int]) -> None:
-        """Keep the first tokens that a pass fed: how many of each row; the others are overwritten later."""
-        for row, count in tokens.items():
-            self.host_lengths[row] += count
-        self.lengths.copy_(torch.tensor(self.host_lengths))
 
 
 class RowsLayer(DynamicLayer):
@@ -286,73 +245,6 @@ class ScoredLayer(RowsLayer):
             return tensor.transpose(0, 1).flatten(1, 2)
 
         return by_row(output), by_row(lse), by_row(lse if exact_mass is None else exact_mass)
-
-
-def _attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    scored_layer: RowsLayer | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    assert scored_layer is not None
-    output = scored_layer.attend(query, scaling if scaling is not None else query.shape[-1] ** -0.5)
-    return output.to(query.dtype).transpose(1, 2).contiguous(), None
-
-
-# Without masks of the same name: transformers then makes none, and the layers know which own tokens a row may see.
-AttentionInterface.register(NAME, _attention)
-
-
-Result = TypeVar("Result")
-_streams: list[torch.cuda.Stream] = []
-
-
-def side_by_side(calls: Sequence[Callable[[], Result]], device: torch.device) -> list[Result]:
-    """Results of calls that don't depend on each other. On a GPU their many small kernels run at the same time.
-
-    What the calls read was made before, and what they made is read afterwards, in the stream that this is called in.
-    """
-    if device.type != "cuda" or len(calls) < 2:
-        return [call() for call in calls]
-    while len(_streams) < min(len(calls), _MOST_STREAMS):
-        _streams.append(torch.cuda.Stream(device))
-    main, used = torch.cuda.current_stream(device), _streams[: len(calls)]
-    for stream in used:
-        stream.wait_stream(main)
-    results = []
-    for number, call in enumerate(calls):
-        with torch.cuda.stream(used[number % len(used)]):
-            results.append(call())
-    for stream in used:
-        main.wait_stream(stream)
-    return results
-
-
-@contextmanager
-def scoring(model: PreTrainedModel) -> Iterator[None]:
-    """Let `model` run on the caches of this module for the length of a with block."""
-
-    def hand_over(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        cache: Cache | None = kwargs.get("past_key_values")
-        layer = None if cache is None else cache.layers[module.layer_idx]
-        if isinstance(layer, RowsLayer):
-            kwargs["scored_layer"] = layer
-        return args, kwargs
-
-    before = model.config._attn_implementation
-    hooks = [m.register_forward_pre_hook(hand_over, with_kwargs=True) for m in attention_modules(model)]
-    model.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-        for hook in hooks:
-            hook.remove()
 
 
 def last_reads(layers: Sequence[ScoredLayer]) -> dict[int, Tensor | None]:

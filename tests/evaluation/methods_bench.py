@@ -9,7 +9,8 @@ from torch import Tensor
 
 from squeezed.evaluation.methods import Method
 from squeezed.evaluation.methods.base import LayerContext
-from squeezed.evaluation.rows import Group, Place, ScoredLayer
+from squeezed.evaluation.place import Place
+from squeezed.evaluation.rows import Group, ScoredLayer
 
 SCALE = 0.25
 
