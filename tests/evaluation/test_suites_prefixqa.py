@@ -20,7 +20,6 @@ from squeezed.evaluation.suites.written import (
     WrittenQuestion,
     save_questions,
     still_sound,
-    why_dropped,
     write_questions,
 )
 
@@ -199,7 +198,7 @@ def test_prose_is_read_without_its_marks() -> None:
 
 
 class Reader:
-    """Stands in for a served model: writes a question about the passage's first date, and answers with what it sees."""
+    """Stands in for a served model: asks as it is told, and answers with the first date that it sees."""
 
     def __init__(self, knows: str = "", blind: bool = False, question: str = "When did it happen?") -> None:
         self.knows, self.blind, self.question = knows, blind, question
@@ -209,7 +208,7 @@ class Reader:
         self.prompts.append(prompt)
         dates = re.findall(r"\d{1,2} [A-Z]\w+ \d{4}", prompt)
         if "Write one question" in prompt:
-            return f"Question: {self.question}\nAnswer: {dates[0]}." if dates else "I see no facts."
+            return f"Question: {self.question}\nI hope that helps."
         if not dates:
             return self.knows
         return "unknown" if self.blind else f"It was on {dates[0]}."
@@ -231,8 +230,8 @@ def test_a_model_writes_questions_that_pass_its_own_check() -> None:
     [
         (Reader(knows="5 May 1931, of course"), "answered without the document"),
         (Reader(blind=True), "not answered with the document"),
-        (Reader(question="What rang on 5 May 1931?"), "answer long, at several places, or in the question"),
-        (Reader(question="No question at all"), "not in the form asked for"),
+        (Reader(question="What rang on 5 May 1931?"), "the question gives the answer away"),
+        (Reader(question="No question at all"), "no question"),
     ],
 )
 def test_written_questions_that_fail_the_check_are_dropped(reader: Reader, reason: str) -> None:
@@ -242,9 +241,10 @@ def test_written_questions_that_fail_the_check_are_dropped(reader: Reader, reaso
     assert writing.dropped == {reason: 1}
 
 
-def test_an_answer_that_is_not_in_its_passage_is_dropped() -> None:
-    written = WrittenQuestion("When?", "6 June 1944", "The bell rang on 5 May 1931.")
-    assert why_dropped(written, read_prose("The bell rang on 5 May 1931."), Reader()) == "answer not in the passage"
+def test_only_what_stands_once_is_asked_for() -> None:
+    text = f"The bell rang on 5 May 1931. {'Then it was quiet for a long time. ' * 12}"
+    with pytest.raises(InputError, match="has no passage with a name, date or number that stands only there"):
+        write_questions(Reader(), f"{text}\n\nAgain it rang. It was 5 May 1931 that they spoke of.")
 
 
 def test_saved_questions_are_asked_where_their_passage_is(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_saved_questions_are_asked_where_their_passage_is(tmp_path: Path) -> Non
 
 
 def test_a_document_without_passages_is_refused() -> None:
-    with pytest.raises(InputError, match="has 3 words of prose"):
+    with pytest.raises(InputError, match="the document of 3 words has no passage"):
         write_questions(Reader(), "Too short anyway.")
 
 

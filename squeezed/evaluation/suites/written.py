@@ -16,6 +16,7 @@ from pathlib import Path
 from squeezed.errors import InputError
 from squeezed.evaluation import data
 from squeezed.evaluation.metrics import plain_words
+from squeezed.evaluation.suites import fact_patterns as forms
 from squeezed.evaluation.suites.facts import Question, is_sound
 from squeezed.evaluation.suites.prose import Prose, read_prose
 
@@ -23,17 +24,14 @@ Answerer = Callable[[str], str]  # prompt -> answer
 WRITTEN = "written"  # the task's name
 SUFFIX = ".questions.jsonl"
 _PASSAGE = 90  # words, at least
-_SPOKEN = re.compile(r"question:\s*(?P<question>[^\n]+\?)\s*\n+\s*answer:\s*(?P<answer>[^\n]+)", re.IGNORECASE)
+_ASKED = re.compile(r"(?:question:)?\s*(?P<question>[^\n:?][^\n?]+\?)", re.IGNORECASE)
+_AMOUNT = re.compile(rf"{forms.FIGURE.pattern}(?: [a-z]+|%)", re.IGNORECASE)  # a number and what is counted
 
-_WRITE = """Read this passage.
-
-{passage}
-
-Write one question about a fact that the passage states, and its answer. The question has to name what it is about, so \
-that it is clear to someone who has the whole book before them and not only this passage. The answer has to be at most \
-five words, copied from the passage: a name, a number, a date or a term. Write these two lines and nothing else:
-Question: ...
-Answer: ..."""
+_WRITE = (
+    "Read this passage.\n\n{passage}\n\nWrite one question about it whose answer is: {answer}\nThe question has to "
+    "name what it is about, so that it is clear to someone who has the whole book before them and not only this "
+    "passage. Reply with the question only."
+)
 _ASK_WITH = "Read the text below.\n\n{text}\n\n{question}\nAnswer with a few words of the text."
 _ASK_WITHOUT = "{question}\nAnswer with a few words. If you are not sure, give your best guess."
 
@@ -64,8 +62,9 @@ def write_questions(
 ) -> Writing:
     """Have a model write up to `count` questions about a document, each about another passage, and check them.
 
-    A question is kept if its answer is short and stands at one place of the document only, if the model does not
-    answer it without the document, and if it gives the same answer twice: from the whole document and from the passage.
+    It is given the answer, a name, date or number that stands at one place of the document only: even small models can
+    ask for that. A question is kept if the model does not answer it without the document, and if it gives this answer
+    twice: from the whole document and from the passage alone.
 
     Args:
         answerer: prompt -> answer. It is called up to four times a passage.
@@ -77,37 +76,38 @@ def write_questions(
         InputError: the document has no passage to ask about.
     """
     prose = read_prose(document)
-    passages = _passages(prose)
+    rng = random.Random(seed)
+    passages = [(passage, answers) for passage in _passages(prose) if (answers := _answers(passage, prose))]
     if not passages:
-        raise InputError(f"the document has {len(document.split())} words of prose; expected at least {_PASSAGE}")
-    random.Random(seed).shuffle(passages)
+        raise InputError(
+            f"the document of {len(document.split())} words has no passage with a name, date or number that stands "
+            f"only there; expected prose, and at least {_PASSAGE} words of it"
+        )
+    rng.shuffle(passages)
     kept: list[WrittenQuestion] = []
     dropped: Counter[str] = Counter()
-    for done, passage in enumerate(passages, 1):
+    for done, (passage, answers) in enumerate(passages, 1):
         if len(kept) == count:
             break
-        found = _SPOKEN.search(answerer(_WRITE.format(passage=passage)))
-        if found is None:
-            dropped["not in the form asked for"] += 1
-        else:
-            written = WrittenQuestion(found["question"].strip(), found["answer"].strip().rstrip("."), passage)
-            reason = why_dropped(written, prose, answerer)
-            if reason:
-                dropped[reason] += 1
-            elif any(other.answer == written.answer for other in kept):
-                dropped["asked before"] += 1
-            else:
-                kept.append(written)
+        written = _write(answerer, passage, rng.choice(answers))
+        reason = "no question" if written is None else why_dropped(written, prose, answerer)
+        if reason:
+            dropped[reason] += 1
+        elif written:
+            kept.append(written)
         on_progress(done, len(passages))
     return Writing(tuple(kept), dict(dropped))
 
 
+def _write(answerer: Answerer, passage: str, answer: str) -> WrittenQuestion | None:
+    asked = _ASKED.search(answerer(_WRITE.format(passage=passage, answer=answer)))
+    return WrittenQuestion(asked["question"].strip(), answer, passage) if asked else None
+
+
 def why_dropped(written: WrittenQuestion, prose: Prose, answerer: Answerer) -> str | None:
     """Why a question is no good, or None if it is."""
-    if not _says(written.passage, written.answer):
-        return "answer not in the passage"
     if not is_sound(_question(written, prose), prose):
-        return "answer long, at several places, or in the question"
+        return "the question gives the answer away"
     if _says(answerer(_ASK_WITHOUT.format(question=written.question)), written.answer):
         return "answered without the document"
     for text in (prose.text, written.passage):
@@ -165,6 +165,17 @@ def _passages(prose: Prose) -> list[str]:
             passages.append(" ".join(held))
             held = []
     return passages
+
+
+def _answers(passage: str, prose: Prose) -> list[str]:
+    """Dates, names and numbers of the passage that stand nowhere else in the text."""
+    taken: list[tuple[int, int]] = []
+    for form in (forms.DATE, forms.PERSON, _AMOUNT):
+        for found in re.finditer(form, passage):
+            if all(found.end() <= begin or end <= found.start() for begin, end in taken):
+                taken.append(found.span())
+    spans = dict.fromkeys(passage[begin:end] for begin, end in taken)
+    return [span for span in spans if prose.occurrences(span) == 1]
 
 
 def _says(text: str, answer: str) -> bool:
