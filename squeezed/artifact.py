@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -92,28 +92,47 @@ def prepare(folder: Path, replace_existing: bool = False) -> Iterator[Path]:
     Entering it first shows early, before any long work, that the place can be written to.
     """
     folder = folder.absolute()
+    check_target(folder, replace_existing)
+    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
+    with naming(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
+        partial.mkdir()
+    try:
+        with naming(folder):
+            yield partial
+            put_in_place(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_target(folder: Path, replace_existing: bool) -> None:
+    """Raise InputError if the absolute `folder` can't be written, or holds what may not be replaced."""
     _restore(folder)
+    existing = folder.parent
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise InputError(f"{folder} can't be written: {existing} is a file; choose another folder")
+    if not os.access(existing, os.W_OK):
+        reason = "Read-only file system" if os.statvfs(existing).f_flag & os.ST_RDONLY else "Permission denied"
+        raise InputError(f"{folder} can't be written: {reason}; choose another folder")
     if folder.exists() and not replace_existing:
         if not folder.is_dir() or any(folder.iterdir()):
             raise InputError(f"{folder} exists already; pass --force to replace it, or choose another folder")
     elif folder.exists() and not (folder / MANIFEST).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not a fixed context; choose another folder")
-    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
+
+
+@contextmanager
+def naming(folder: Path) -> Iterator[None]:
+    """Errors of the operating system become one line that names the folder."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder)
-        partial.mkdir()
-    except OSError as error:
-        raise InputError(f"{folder} can't be written: {error.strerror}; choose another folder") from error
-    try:
-        yield partial
-        _put_in_place(partial, folder)
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(f"the disk of {folder} is full; free some space and build again") from error
         raise InputError(f"{folder} can't be written: {error.strerror}; choose another folder") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -148,7 +167,8 @@ def _remove_leftovers(folder: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _put_in_place(partial: Path, folder: Path) -> None:
+def put_in_place(partial: Path, folder: Path) -> None:
+    """Rename a complete `partial` to `folder`, in place of what stands there."""
     for path in partial.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -168,19 +188,37 @@ def _put_in_place(partial: Path, folder: Path) -> None:
 
 def write(context: FixedContext, folder: Path) -> None:
     """Write all files of `context` into the existing, empty `folder`."""
+    finish(context, folder, [write_layer(layer, folder, i) for i, layer in enumerate(context.layers)])
+
+
+class WrittenLayer(_Strict):
+    """What the manifest says of a layer, and of its file."""
+
+    layer: _Layer
+    file: _File
+
+
+def write_layer(layer: ClusteredKeys | SlidingTail, folder: Path, number: int) -> WrittenLayer:
+    """Write one layer's file into `folder`."""
+    name = f"layer-{number:03d}.safetensors"
+    file = write_tensors(folder / name, _layer_tensors(layer))
+    if isinstance(layer, ClusteredKeys):
+        return WrittenLayer(layer=_Layer(file=name, clustered=layer.clustered, levels=len(layer.levels)), file=file)
+    return WrittenLayer(layer=_Layer(file=name, sliding_window=layer.sliding_window), file=file)
+
+
+def read_layer(written: WrittenLayer, folder: Path) -> ClusteredKeys | SlidingTail:
+    """Map a layer that :func:`write_layer` wrote."""
+    return _layer(written.layer, _read_tensors(folder / written.layer.file, written.file, verify=False))
+
+
+def finish(context: FixedContext, folder: Path, layers: Sequence[WrittenLayer]) -> None:
+    """Write what belongs to the whole into `folder`, which holds the layers' files; the manifest is last."""
     from squeezed import __version__
 
-    files: dict[str, _File] = {}
-    layers: list[_Layer] = []
-    for i, layer in enumerate(context.layers):
-        name = f"layer-{i:03d}.safetensors"
-        files[name] = _write_tensors(folder / name, _layer_tensors(layer))
-        if isinstance(layer, ClusteredKeys):
-            layers.append(_Layer(file=name, clustered=layer.clustered, levels=len(layer.levels)))
-        else:
-            layers.append(_Layer(file=name, sliding_window=layer.sliding_window))
+    files = {written.layer.file: written.file for written in layers}
     curves = context.curves
-    files[CONTEXT] = _write_tensors(
+    files[CONTEXT] = write_tensors(
         folder / CONTEXT,
         {
             "ids": context.ids,
@@ -202,7 +240,7 @@ def write(context: FixedContext, folder: Path) -> None:
         tokens=context.tokens,
         parts=list(context.parts),
         seam=context.seam,
-        layers=layers,
+        layers=[written.layer for written in layers],
         text_sha256=hashlib.sha256(text).hexdigest(),
         files=files,
     )
@@ -232,7 +270,8 @@ def _layer_tensors(layer: ClusteredKeys | SlidingTail) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> _File:
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> _File:
+    """Write tensors that lie in the CPU's memory to one file."""
     try:
         save_file(tensors, path)
     except SafetensorError as error:  # the only way it tells of a full disk is in words

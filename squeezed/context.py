@@ -89,20 +89,59 @@ class FixedContext:
         parts: Sequence[Part] = (),
     ) -> FixedContext:
         """Like :meth:`build`, for a text in memory."""
-        config = config or BuildConfig()
-        prefix, head = template.encode_prefix(tokenizer, text, chat)
-        tokens = len(prefix.ids)
-        _check_length(tokens, config)
+        context = cls.unprepared(model, tokenizer, text, config or BuildConfig(), chat, parts)
         done = 0
 
         def on_chunk(count: int) -> None:
             nonlocal done
             done += count
-            on_progress("prefill", done, tokens)
+            on_progress("prefill", done, context.tokens)
 
-        prefilled = prefill(model, prefix.ids, config.window, config.chunk, on_chunk)
+        window, chunk = context.config.window, context.config.chunk
+        return context._prepared(
+            model, tokenizer, prefill(model, context.ids.tolist(), window, chunk, on_chunk), on_progress
+        )
+
+    @classmethod
+    def unprepared(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        text: str,
+        config: BuildConfig,
+        chat: bool = True,
+        parts: Sequence[Part] = (),
+    ) -> FixedContext:
+        """All that is known of a text's context before prefill; it has no layers yet.
+
+        Raises:
+            InputError: a text that is too short, or a chat template that does not keep it as it is.
+        """
+        prefix, head = template.encode_prefix(tokenizer, text, chat)
+        _check_length(len(prefix.ids), config)
         located = locate_parts(parts, prefix.spans, head)
-        return cls.from_prefilled(model, tokenizer, prefix, prefilled, config, on_progress, located)
+        return cls._without_layers(prefix, config, located, model_identity(model), tokenizer_identity(tokenizer))
+
+    @classmethod
+    def _without_layers(
+        cls,
+        prefix: template.EncodedPrefix,
+        config: BuildConfig,
+        parts: Sequence[Part],
+        model: dict[str, str],
+        tokenizer: str,
+    ) -> FixedContext:
+        return cls(
+            layers=(),
+            curves=ThresholdCurves.keep_everything(config.levels),
+            ids=torch.tensor(prefix.ids),
+            seam=prefix.seam,
+            parts=tuple(parts),
+            text=prefix.text,
+            config=config,
+            model=model,
+            tokenizer=tokenizer,
+        )
 
     @classmethod
     def from_prefilled(
@@ -121,29 +160,29 @@ class FixedContext:
         Args:
             identity: of model and tokenizer, for whoever builds many contexts with them; taken afresh if left out.
         """
+        found = identity or (model_identity(model), tokenizer_identity(tokenizer))
+        context = cls._without_layers(prefix, config, parts, *found)
+        return context._prepared(model, tokenizer, prefilled, on_progress)
+
+    def _prepared(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prefilled: Iterable[PrefilledLayer],
+        on_progress: Progress,
+    ) -> FixedContext:
         modules = attention_modules(model)
-        context = cls(
-            layers=(),
-            curves=ThresholdCurves.keep_everything(config.levels),
-            ids=torch.tensor(prefix.ids),
-            seam=prefix.seam,
-            parts=tuple(parts),
-            text=prefix.text,
-            config=config,
-            model=identity[0] if identity else model_identity(model),
-            tokenizer=identity[1] if identity else tokenizer_identity(tokenizer),
-        )
-        probes = context.probes(model, tokenizer)
+        probes = self.probes(model, tokenizer)
         layers: list[ClusteredKeys | SlidingTail] = []
         queries: list[list[Tensor]] = []
         for i, layer in enumerate(prefilled):
-            made = prepare_layer(layer, modules[i], config)
+            made = prepare_layer(layer, modules[i], self.config)
             layers.append(made)
             observed = probes.observe(i, made) if probes is not None else []
             if layer.queries is not None:
                 queries.append(observed or [layer.queries])
             on_progress("cluster", i + 1, len(modules))
-        return replace(context, layers=tuple(layers)).calibrated(model, queries, on_progress)
+        return replace(self, layers=tuple(layers)).calibrated(model, queries, on_progress)
 
     def probes(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Probes | None:
         """The questions whose queries calibrate this context; None where its own last queries do."""

@@ -87,23 +87,29 @@ class Probes:
 
     def __init__(self, model: PreTrainedModel, tokens: int, given_up: Sequence[int], ids: Sequence[Sequence[int]]):
         """Questions of token ids `ids`, each after a context of `tokens` tokens less its `given_up` last."""
-        self._runner, self._plan, self._tokens = LayerRunner(model), plan_layers(model), tokens
+        self._runner, self._plan = LayerRunner(model), plan_layers(model)
+        self._context_tokens = tokens
         self._given_up = list(given_up)
         self._ids = [torch.tensor([list(question)], device=model.device) for question in ids]
         self.hidden: list[Tensor] = []  # [1, tokens, hidden size] each, what goes into the next layer
+
+    @property
+    def tokens(self) -> int:
+        """Of all questions together."""
+        return sum(ids.shape[1] for ids in self._ids)
 
     def observe(self, number: int, layer: Layer) -> list[Tensor]:
         """Lead all questions through layer `number`: their queries there, [q_heads, tokens, head_dim] each."""
         queries: list[Tensor] = []
         hidden: list[Tensor] = []
         for i, (given_up, ids) in enumerate(zip(self._given_up, self._ids, strict=True)):
-            own = question_layer(layer, Selection(None), self._tokens, given_up)
+            own = question_layer(layer, Selection(None), self._context_tokens, given_up)
             seen: list[Tensor] = []
             if isinstance(own, FixedLayer):
                 own.observed = seen
-            cache = Cache(layers=self._stand_ins(self._tokens - given_up))
+            cache = Cache(layers=self._stand_ins(self._context_tokens - given_up))
             cache.layers[number] = own
-            mask = torch.ones(1, self._tokens - given_up + ids.shape[1], dtype=torch.int64, device=ids.device)
+            mask = torch.ones(1, self._context_tokens - given_up + ids.shape[1], dtype=torch.int64, device=ids.device)
             before = self.hidden[i] if number else None
             hidden.append(self._runner.step(number, before, cache, input_ids=ids, attention_mask=mask))
             queries.extend(query[0] for query in seen)

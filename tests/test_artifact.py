@@ -7,7 +7,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -401,62 +400,6 @@ def test_leftovers_of_a_build_that_still_runs_are_spared(context: FixedContext, 
     context.save(tmp_path / "manual")
     assert running.exists()
     assert not dead.exists()
-
-
-# Builds through the command's own entry, slowed down where the signal is to meet it.
-_BUILDER = """
-import sys, time
-sys.path.insert(0, {tests!r})
-import squeezed.cli, squeezed.context
-from squeezed import artifact
-def wait(*args, **kwargs):
-    print("ready", flush=True)
-    time.sleep(60)
-{where} = wait
-sys.argv = ["squeeze", "build", {model!r}, {text!r}, "-o", {target!r}, "--window", "24"]
-squeezed.cli.main()
-"""
-
-
-@pytest.mark.parametrize(
-    ("number", "where"),
-    [
-        (signal.SIGINT, "squeezed.context.calibrate"),
-        (signal.SIGINT, "artifact.write"),
-        (signal.SIGTERM, "artifact.write"),
-        (signal.SIGKILL, "artifact.write"),
-    ],
-)
-def test_an_interrupted_build_says_so_and_leaves_nothing(
-    number: signal.Signals, where: str, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    llama.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text(tiny.text())
-    target = tmp_path / "out" / "manual"
-    script = _BUILDER.format(
-        tests=str(Path(__file__).parent),
-        where=where,
-        model=str(tmp_path / "model"),
-        text=str(tmp_path / "text.txt"),
-        target=str(target),
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(number)
-    _, complaint = process.communicate(timeout=60)
-    assert not target.exists()
-    if number == signal.SIGKILL:
-        with artifact.prepare(target) as partial:
-            assert [path.name for path in target.parent.iterdir()] == [partial.name]
-        return
-    assert process.returncode == 2
-    assert "interrupted" in complaint.strip().splitlines()[-1]
-    assert "Traceback" not in complaint
-    assert list(target.parent.iterdir()) == []
 
 
 def test_inspection_reports_every_layer_and_finds_damage(context: FixedContext, saved: Path) -> None:

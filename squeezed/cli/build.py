@@ -25,32 +25,51 @@ def build(
     chunk: Annotated[int | None, typer.Option(help="Tokens per prefill chunk; less needs less memory.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the plain text instead of chatting about it.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing context.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over even if a build was cut short.")] = False,
     device: Device = "auto",
     dtype: DType = "auto",
 ) -> None:
-    """Prepare a fixed context from text files, once."""
+    """Prepare a fixed context from text files, once. A build that was cut short goes on where it stopped."""
     from squeezed import artifact
     from squeezed.config import find_preset
-    from squeezed.context import FixedContext
-    from squeezed.models import kv_bytes_per_token
+    from squeezed.errors import InputError
+    from squeezed.streaming import build_into, unfinished_layers
     from squeezed.text import read_files
 
     given: dict[str, Any] = {"clusters": clusters, "levels": levels, "window": window, "chunk": chunk}
     config = replace(find_preset(preset), **{name: value for name, value in given.items() if value is not None})
     text, parts = read_files(files)
-    with artifact.prepare(output, force) as partial:
-        lm, tokenizer = load(model, device, dtype)
-        artifact.check_space(
-            output, round(1.1 * kv_bytes_per_token(lm) * len(tokenizer(text, verbose=False).input_ids))
-        )
+    artifact.check_target(output.absolute(), force)
+    lm, tokenizer = load(model, device, dtype)
+    if done := 0 if fresh else unfinished_layers(output):
+        messages.print(f"a build into {output} was cut short after {done} layers; going on if nothing has changed")
+    try:
         with Stages(messages) as stages:
-            context = FixedContext.from_text(lm, tokenizer, text, config, not raw, stages.update, parts)
-            context = replace(context, model={**context.model, "source": _source(model)})
-            stages.update("save", 0, 1)
-            artifact.write(context, partial)
-            stages.update("save", 1, 1)
+            context = build_into(
+                output, lm, tokenizer, text, config, not raw, parts, _source(model), force, not fresh, stages.update
+            )
+    except KeyboardInterrupt:
+        if done := unfinished_layers(output):
+            raise InputError(
+                f"interrupted after {done} finished layers; run the same command again to go on there"
+            ) from None
+        raise
     size = sum(path.stat().st_size for path in output.iterdir())
     messages.print(f"{output}: {context.tokens:,} tokens, {size / 1e6:,.0f} MB. Ask it: squeeze ask {output} QUESTION")
+    messages.print(f"peak memory: {peak_memory()}")
+
+
+def peak_memory() -> str:
+    """Of this process: in the host's memory, mapped files included, and on the GPU."""
+    import resource
+
+    import torch
+
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    said = f"{host / 1e6:,.0f} MB"
+    if torch.cuda.is_initialized():
+        said += f", and {torch.cuda.max_memory_allocated() / 1e6:,.0f} MB on the GPU"
+    return said
 
 
 def _source(model: str) -> str:

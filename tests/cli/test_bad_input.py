@@ -317,8 +317,18 @@ def test_an_interrupt(squeeze: Command, model_folder: Path, text: Path, monkeypa
     def interrupt(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("squeezed.context.calibrate", interrupt)
-    assert "interrupted" in squeeze.refuses("build", model_folder, text, "-o", "out", "--window", 24)
+    build = ("build", model_folder, text, "-o", "out", "--window", 24)
+    with monkeypatch.context() as patched:
+        patched.setattr("squeezed.streaming.prepare_layer", interrupt)
+        assert "interrupted" in squeeze.refuses(*build)
+    with monkeypatch.context() as patched:
+        patched.setattr("squeezed.context.calibrate", interrupt)
+        status, _, complaint = squeeze.run(*build)
+    assert status == 2
+    assert complaint == ["squeeze: interrupted after 3 finished layers; run the same command again to go on there"]
+    assert sorted(path.name for path in squeeze.folder.iterdir()) == [".out.unfinished", "text.txt"]
+    assert squeeze.run(*build)[0] == 0
+    assert sorted(path.name for path in squeeze.folder.iterdir()) == ["out", "text.txt"]
 
 
 def test_a_template_is_needed_unless_the_text_goes_on_plainly(
