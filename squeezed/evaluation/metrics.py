@@ -108,7 +108,7 @@ METRICS: dict[str, Metric] = {
 
 def plain_words(text: str) -> list[str]:
     """Words and numbers in lower case, without the commas of thousands; what is inside a word stays, as in `it's`."""
-    return [_THOUSANDS.sub("", word) for word in _WORD.findall(text.lower().replace("’", "'"))]
+    return [_THOUSANDS.sub("", word) for word in _WORD.findall(text.lower().replace("\u2019", "'"))]
 
 
 def normalized(text: str) -> str:
