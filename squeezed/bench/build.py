@@ -13,13 +13,13 @@ from torch import Tensor
 
 from squeezed import query_metric
 from squeezed.bench.graphs import copy_bandwidth
-from squeezed.bench.memory import PeakMemory
 from squeezed.bench.planted import Planted, planted_keys, planted_queries
 from squeezed.calibration import calibrate, outline
 from squeezed.clustering import COARSENING, cluster_layer
 from squeezed.clustering.work import kmeans_work
 from squeezed.config import BuildConfig
 from squeezed.errors import InputError
+from squeezed.memory import PeakMemory
 from squeezed.ops.layout import ClusteredKeys
 from squeezed.second_order import fit_spread
 
@@ -134,7 +134,7 @@ def _build(
         seen = torch.randn(1, case.q_heads, 4 * case.head_dim, case.head_dim, device=device)
         moment = query_metric.add_moment(None, seen, case.kv_heads)
         space = query_metric.factor(moment, case.context * case.q_heads // case.kv_heads)
-    with PeakMemory(device) as memory:
+    with PeakMemory(device, 0.001) as memory:
         watch = _Watch(device, memory)
         for number in range(case.layers):
             on_stage(f"layer {number + 1} of {case.layers}")

@@ -44,7 +44,7 @@ def build(
     if done := 0 if fresh else unfinished_layers(output):
         messages.print(f"a build into {output} was cut short after {done} layers; going on if nothing has changed")
     try:
-        with Stages(messages) as stages:
+        with Stages(messages) as stages, PeakOfBuild(lm.device) as peak:
             context = build_into(
                 output, lm, tokenizer, text, config, not raw, parts, _source(model), force, not fresh, stages.update
             )
@@ -56,20 +56,33 @@ def build(
         raise
     size = sum(path.stat().st_size for path in output.iterdir())
     messages.print(f"{output}: {context.tokens:,} tokens, {size / 1e6:,.0f} MB. Ask it: squeeze ask {output} QUESTION")
-    messages.print(f"peak memory: {peak_memory()}")
+    messages.print(str(peak))
 
 
-def peak_memory() -> str:
-    """Of this process: in the host's memory, mapped files included, and on the GPU."""
-    import resource
+class PeakOfBuild:
+    """The most memory that a build took besides the model: in the host's memory, and on the GPU if it ran there."""
 
-    import torch
+    def __init__(self, device: Any) -> None:
+        import torch
 
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    said = f"{host / 1e6:,.0f} MB"
-    if torch.cuda.is_initialized():
-        said += f", and {torch.cuda.max_memory_allocated() / 1e6:,.0f} MB on the GPU"
-    return said
+        from squeezed.memory import PeakMemory
+
+        self._parts = {"in the host's memory": PeakMemory(torch.device("cpu"))}
+        if device.type == "cuda":
+            self._parts["on the GPU"] = PeakMemory(device)
+
+    def __enter__(self) -> PeakOfBuild:
+        for part in self._parts.values():
+            part.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._said = ", ".join(f"{part.read() / 1e6:,.0f} MB {where}" for where, part in self._parts.items())
+        for part in self._parts.values():
+            part.__exit__(*exception)
+
+    def __str__(self) -> str:
+        return f"peak memory besides the model: {self._said}"
 
 
 def _source(model: str) -> str:

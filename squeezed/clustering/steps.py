@@ -212,7 +212,7 @@ def _step_all(
     if order is None:
         order = torch.arange(n, device=rows.device).expand(heads, -1)
     ids = torch.arange(count, device=rows.device).expand(heads, -1)
-    table = _candidate_table(centres, join, ids + count * _heads(ids))
+    table = _table(centres, join)
     places = order[:, phase::stride] + n * _heads(order)
     for some in places.split(max(1, _SCORES // (heads * count)), dim=1):
         _settle(rows, squares, labels, centres, leave, some, ids, table)
@@ -245,12 +245,13 @@ def _step_tiles(
     head = bucket_of_tile // groups
     places = first.flatten()[bucket_of_tile].unsqueeze(1) + stride * inside
     chosen = buckets.order.flatten()[places + n * head.unsqueeze(1)] + n * head.unsqueeze(1)
-    ids = candidates.flatten(0, 1)
+    ids, table = candidates.flatten(0, 1), _table(centres, join).flatten(0, 1)
     step = max(1, _SCORES // (tile * width + width * rows.shape[2]))
     for some, bucket in zip(chosen.split(step), bucket_of_tile.split(step), strict=True):
         mine = ids[bucket]
-        table = _candidate_table(centres, join, mine + count * (bucket // groups).unsqueeze(1))
-        _settle(rows, squares, labels, centres, leave, some, mine, table)
+        place = mine + count * (bucket // groups).unsqueeze(1)
+        found = table.index_select(0, place.flatten()).view(*place.shape, -1)
+        _settle(rows, squares, labels, centres, leave, some, mine, found)
 
 
 def _heads(like: Tensor) -> Tensor:
@@ -258,11 +259,10 @@ def _heads(like: Tensor) -> Tensor:
     return torch.arange(like.shape[0], device=like.device).unsqueeze(1)
 
 
-def _candidate_table(centres: Centres, join: Tensor, ids: Tensor) -> Tensor:
-    """[T, M, D + 2]: what gives the score of a row when multiplied with (row, its squared length, 1)."""
-    weight = join.flatten()[ids].unsqueeze(-1)
-    rows = centres.rows.flatten(0, 1)[ids]
-    return torch.cat([-2 * weight * rows, weight, weight * centres.squares.flatten()[ids].unsqueeze(-1)], dim=-1)
+def _table(centres: Centres, join: Tensor) -> Tensor:
+    """[H, K, D + 2]: what gives the scores of a row when multiplied with (row, its squared length, 1)."""
+    weight = join.unsqueeze(-1)
+    return torch.cat([-2 * weight * centres.rows, weight, weight * centres.squares.unsqueeze(-1)], dim=-1)
 
 
 def _settle(
@@ -275,9 +275,13 @@ def _settle(
     ids: Tensor,
     table: Tensor,
 ) -> None:
-    """New labels of the rows `chosen` [T, B] (places in all heads' rows) among the clusters `ids` [T, M]."""
+    """New labels of the rows `chosen` [T, B] (places in all heads' rows) among the clusters `ids` [T, M].
+
+    `table` [T, M, D + 2] is `_table` of those.
+    """
     n, count = rows.shape[1], centres.rows.shape[1]
-    x, square = rows.flatten(0, 1)[chosen].float(), squares.flatten()[chosen].unsqueeze(-1)
+    x = rows.flatten(0, 1).index_select(0, chosen.flatten()).view(*chosen.shape, -1).float()
+    square = squares.flatten()[chosen].unsqueeze(-1)
     scores = torch.bmm(torch.cat([x, square, torch.ones_like(square)], dim=-1), table.transpose(1, 2))
     if leave is None:
         labels.view(-1)[chosen] = ids.gather(1, scores.argmin(-1))
@@ -285,7 +289,8 @@ def _settle(
     own = labels.view(-1)[chosen]
     place = own + count * (chosen // n)
     distance = square.squeeze(-1) + centres.squares.flatten()[place]
-    distance -= 2 * (x * centres.rows.flatten(0, 1)[place]).sum(-1)
+    mean = centres.rows.flatten(0, 1).index_select(0, place.flatten()).view_as(x)
+    distance -= 2 * (x * mean).sum(-1)
     distance.clamp_(min=_NEAR)
     least, which = scores.masked_fill_(ids.unsqueeze(1) == own.unsqueeze(-1), FAR).min(-1)
     better = least < leave.flatten()[place] * distance
