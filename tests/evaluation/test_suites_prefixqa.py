@@ -14,7 +14,7 @@ from squeezed.demo import manual_path
 from squeezed.errors import InputError
 from squeezed.evaluation.metrics import METRICS, plain_words
 from squeezed.evaluation.suites import find_suite
-from squeezed.evaluation.suites.facts import GAP, Question, find_questions
+from squeezed.evaluation.suites.facts import GAP, Question, find_questions, spellings
 from squeezed.evaluation.suites.prose import read_prose, split_sentences
 from squeezed.evaluation.suites.written import (
     WrittenQuestion,
@@ -80,6 +80,22 @@ def test_other_sentences_are_quoted_with_a_gap(what: str, quoted: str, answer: s
 )
 def test_doubtful_sentences_become_no_question(sentence: str) -> None:
     assert asked_of(sentence) == {}
+
+
+@pytest.mark.parametrize(
+    ("answer", "other"),
+    [
+        ("3 June 1907", "June 3 1907"),
+        ("June 3, 1907", "3 June 1907"),
+        ("12 August", "August 12"),
+        ("31", "thirty-one"),
+        ("Eleven", "11"),
+    ],
+)
+def test_dates_and_small_numbers_have_two_spellings(answer: str, other: str) -> None:
+    assert spellings(answer) == (answer, other)
+    assert spellings("1907") == ("1907",)
+    assert spellings("Ada Lunt") == ("Ada Lunt",)
 
 
 def test_what_stands_twice_is_not_asked() -> None:
@@ -256,7 +272,7 @@ def test_saved_questions_are_asked_where_their_passage_is(tmp_path: Path) -> Non
     save_questions(text, [written, gone])
     found = samples("prefixqa", 400, tasks=("written",), data=tmp_path)
     assert [(sample.question.split("\n")[0], sample.answers) for sample in found] == [
-        (written.question, (written.answer,))
+        (written.question, ("5 May 1931", "May 5 1931"))
     ]
     assert passage in found[0].context
     assert samples("prefixqa", 400, tasks=("written",), data=text) == found

@@ -23,6 +23,8 @@ _FIRST_WORDS = 5  # of a section
 _GUESSABLE = ("0", "1", "2", "3", "4", "zero", "one", "two", "three", "four", "100", "hundred")
 _FEW = 5
 _CURRENCIES = "$\u20ac\u00a3"
+_DAY_FIRST = re.compile(rf"(?P<day>\d{{1,2}}) (?P<month>{forms.MONTH})(?:,? (?P<year>\d{{4}}))?")
+_MONTH_FIRST = re.compile(rf"(?P<month>{forms.MONTH}) (?P<day>\d{{1,2}})(?:,? (?P<year>\d{{4}}))?")
 _QUOTES = "\"'\u201c\u201d"
 
 
@@ -218,14 +220,14 @@ def _by_other_names(questions: Iterable[Question], prose: Prose) -> Iterator[Que
 
 def _plain(task: str, text: str, sentence: Sentence, found: re.Match[str], subject: str = "") -> Question:
     answer = _bare(found["answer"])
-    return Question(task, text, (answer,), sentence.start + found.start("answer"), answer, subject=subject)
+    return Question(task, text, spellings(answer), sentence.start + found.start("answer"), answer, subject=subject)
 
 
 def _gap(task: str, what: str, sentence: Sentence, span: tuple[int, int]) -> Question:
     answer = _bare(sentence.text[slice(*span)])
     begin = sentence.text.index(answer, span[0])  # articles, titles and quotation marks stay
     text = _with_gap(what, sentence, (begin, begin + len(answer)))
-    return Question(task, text, (answer,), sentence.start + begin, answer, natural=False)
+    return Question(task, text, spellings(answer), sentence.start + begin, answer, natural=False)
 
 
 def _figure(text: str, sentence: Sentence, span: tuple[int, int], natural: bool) -> Question:
@@ -235,13 +237,20 @@ def _figure(text: str, sentence: Sentence, span: tuple[int, int], natural: bool)
     key = value + (unit.group() if unit and value[0] not in _CURRENCIES else "")
     if value.lower() in _GUESSABLE:
         key = ""  # stands nowhere, so that the question is dropped
-    return Question("figures", text, _both_ways(value), sentence.start + span[0], key, natural)
+    return Question("figures", text, spellings(value), sentence.start + span[0], key, natural)
 
 
-def _both_ways(number: str) -> tuple[str, ...]:
+def spellings(answer: str) -> tuple[str, ...]:
+    """The answer, and how else it may be said: small numbers in figures or words, dates with the day or month first."""
     by_value = {str(value): word for word, value in NUMBER_WORDS.items()}
-    other = by_value.get(number) or str(NUMBER_WORDS.get(number.lower(), ""))
-    return (number, other) if other else (number,)
+    date = _DAY_FIRST.fullmatch(answer) or _MONTH_FIRST.fullmatch(answer)
+    if date:
+        day, month, year = date["day"], date["month"], date["year"]
+        turned = f"{month} {day}" if answer.startswith(day) else f"{day} {month}"
+        other = f"{turned} {year}" if year else turned
+    else:
+        other = by_value.get(answer) or str(NUMBER_WORDS.get(answer.lower(), ""))
+    return (answer, other) if other else (answer,)
 
 
 def _with_gap(what: str, sentence: Sentence, span: tuple[int, int]) -> str:

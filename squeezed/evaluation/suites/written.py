@@ -17,7 +17,7 @@ from squeezed.errors import InputError
 from squeezed.evaluation import data
 from squeezed.evaluation.metrics import plain_words
 from squeezed.evaluation.suites import fact_patterns as forms
-from squeezed.evaluation.suites.facts import Question, is_sound
+from squeezed.evaluation.suites.facts import Question, is_sound, spellings
 from squeezed.evaluation.suites.prose import Prose, read_prose
 
 Answerer = Callable[[str], str]  # prompt -> answer
@@ -149,7 +149,7 @@ def read_questions(path: Path) -> list[WrittenQuestion]:
 
 def _question(written: WrittenQuestion, prose: Prose) -> Question:
     start = prose.text.find(written.answer)
-    return Question(WRITTEN, written.question, (written.answer,), max(0, start), written.answer)
+    return Question(WRITTEN, written.question, spellings(written.answer), max(0, start), written.answer)
 
 
 def _passages(prose: Prose) -> list[str]:
@@ -179,4 +179,5 @@ def _answers(passage: str, prose: Prose) -> list[str]:
 
 
 def _says(text: str, answer: str) -> bool:
-    return f" {' '.join(plain_words(answer))} " in f" {' '.join(plain_words(text))} "
+    said = f" {' '.join(plain_words(text))} "
+    return any(f" {' '.join(plain_words(spelling))} " in said for spelling in spellings(answer))
