@@ -70,6 +70,7 @@ class Manifest(_Strict):
     parts: list[Part]
     seam: Seam
     layers: list[_Layer]
+    extensions: list[int] = []
     text_sha256: str
     files: dict[str, _File]
     sha256: str = ""  # of all the other fields, see _manifest_sha256
@@ -241,6 +242,7 @@ def finish(context: FixedContext, folder: Path, layers: Sequence[WrittenLayer]) 
         parts=list(context.parts),
         seam=context.seam,
         layers=[written.layer for written in layers],
+        extensions=list(context.extensions),
         text_sha256=hashlib.sha256(text).hexdigest(),
         files=files,
     )
@@ -354,6 +356,7 @@ def load(folder: Path, verify: bool = True) -> FixedContext:
         config=manifest.config,
         model=manifest.model,
         tokenizer=manifest.tokenizer,
+        extensions=tuple(manifest.extensions),
     )
 
 
@@ -431,6 +434,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "tokens": context.tokens,
         "bytes": sum(path.stat().st_size for path in folder.iterdir()),
         "kv_bytes": context.kv_bytes,
+        "extensions": manifest.extensions,
         "parts": [{"name": p.name, "characters": p.characters, "tokens": p.tokens} for p in manifest.parts],
         "layers": layers,
         "thresholds": {

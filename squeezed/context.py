@@ -41,6 +41,7 @@ class FixedContext:
         text: the prefix as a string.
         config: how it was built.
         model, tokenizer: whose it is, see :func:`squeezed.models.model_identity`.
+        extensions: tokens that each `extend` has added since the context was built.
     """
 
     layers: tuple[ClusteredKeys | SlidingTail, ...]
@@ -52,6 +53,7 @@ class FixedContext:
     config: BuildConfig
     model: dict[str, str]
     tokenizer: str
+    extensions: tuple[int, ...] = ()
 
     @classmethod
     def build(
@@ -229,6 +231,18 @@ class FixedContext:
     def kv_bytes(self) -> int:
         """Bytes of the squeezed layers' keys and values."""
         return sum(layer.num_bytes for layer in self.squeezed_layers)
+
+    def extend(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Sequence[str],
+        on_progress: Progress = lambda stage, done, total: None,
+    ) -> FixedContext:
+        """This context with more text at its end; see :func:`squeezed.extension.extend`."""
+        from squeezed.extension import extend
+
+        return extend(self, model, tokenizer, texts, on_progress=on_progress)
 
     def save(self, folder: str | Path, replace_existing: bool = False) -> None:
         """Write to `folder`, whole or not at all. See :func:`squeezed.artifact.save`."""

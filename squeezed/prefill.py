@@ -96,7 +96,7 @@ def prefill(
     """
     plan = plan_layers(model)
     _check_length(model, past_tokens + len(ids))
-    chunk = _whole_if_rope_depends_on_length(model, past_tokens + len(ids), len(ids), chunk)
+    chunk = _whole_if_rope_depends_on_length(model, past_tokens, len(ids), chunk)
     runner = LayerRunner(model)
     tokens = torch.tensor([list(ids)], device=model.device)
     hidden = hidden or _InMemory(len(ids), model.device)
@@ -251,18 +251,13 @@ def _check_length(model: PreTrainedModel, tokens: int) -> None:
         )
 
 
-def _whole_if_rope_depends_on_length(model: PreTrainedModel, total: int, tokens: int, chunk: int) -> int:
+def _whole_if_rope_depends_on_length(model: PreTrainedModel, past: int, tokens: int, chunk: int) -> int:
     """Some RoPE variants rotate by the length of the sequence so far; chunks would then disagree with one another."""
     kind, switch = rope_switch(model)
-    if switch is None or total <= switch:
+    if switch is None or past + tokens <= switch:
         return chunk
     if kind == "dynamic":
         raise InputError(
             f"{model.config.model_type} uses dynamic RoPE, which re-rotates a longer text with every token"
         )
-    if total > tokens:
-        raise InputError(
-            f"{model.config.model_type} rotates every key of a text of more than {switch} tokens otherwise, "
-            f"and the longer text has {total}; build the context again from all files"
-        )
-    return tokens
+    return chunk if past >= switch else tokens

@@ -60,7 +60,7 @@ def encode_prefix(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> 
         InputError: the tokenizer has no chat template, or one that does not keep the text as it is.
     """
     text = text.rstrip()
-    head = _render(tokenizer, [{"role": "user", "content": _FIXED}])[0] if chat else ""
+    head = before_text(tokenizer, chat)
     prefix = head + text
     encoded = tokenizer(prefix, add_special_tokens=not chat, return_offsets_mapping=True, verbose=False)
     ids, spans = list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
@@ -72,6 +72,11 @@ def encode_prefix(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> 
         if list(tokens) == ids[-length:]:
             return EncodedPrefix(prefix, ids, spans, Seam(chat, tail, tuple(tokens), whole=False)), len(head)
     return EncodedPrefix(prefix, ids, spans, Seam(chat, prefix, tuple(ids), whole=True)), len(head)
+
+
+def before_text(tokenizer: PreTrainedTokenizerBase, chat: bool) -> str:
+    """What the chat template puts before the fixed text; nothing where the text is continued plainly."""
+    return _render(tokenizer, [{"role": "user", "content": _FIXED}])[0] if chat else ""
 
 
 def continuation(tokenizer: PreTrainedTokenizerBase, seam: Seam, turns: Sequence[Message]) -> str:

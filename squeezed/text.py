@@ -64,6 +64,14 @@ def _read(path: Path) -> str:
     return text.strip()
 
 
+def append_parts(text: str, parts: Sequence[Part], more: str, more_parts: Sequence[Part]) -> tuple[str, list[Part]]:
+    """`more` behind `text`, joined as files are, and the places of all parts in characters."""
+    text = text.rstrip()
+    first = len(text) + len(_BETWEEN_FILES)
+    moved = [Part(p.name, (p.characters[0] + first, p.characters[1] + first)) for p in more_parts]
+    return text + _BETWEEN_FILES + more, [*parts, *moved]
+
+
 def locate_parts(parts: Sequence[Part], spans: Sequence[tuple[int, int]], head: int) -> list[Part]:
     """Each file's span in tokens, given every token's span in characters and the characters before the text."""
     located = []

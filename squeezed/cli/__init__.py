@@ -36,7 +36,16 @@ messages = Console(stderr=True)
 
 def main() -> None:
     """Entry point: 0 on success, 2 and one line on bad usage or bad input."""
-    from squeezed.cli import ask, bench, build, compare, eval, inspect, roofline  # noqa: F401  (each registers its command)
+    from squeezed.cli import (  # noqa: F401  (each registers its command)
+        ask,
+        bench,
+        build,
+        compare,
+        eval,
+        extend,
+        inspect,
+        roofline,
+    )
 
     signal.signal(signal.SIGTERM, _interrupt)
     try:

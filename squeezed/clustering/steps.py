@@ -250,7 +250,7 @@ def _step_tiles(
     for some, bucket in zip(chosen.split(step), bucket_of_tile.split(step), strict=True):
         mine = ids[bucket]
         place = mine + count * (bucket // groups).unsqueeze(1)
-        found = table.index_select(0, place.flatten()).view(*place.shape, -1)
+        found = table.index_select(0, place.flatten()).view(*place.shape, table.shape[1])
         _settle(rows, squares, labels, centres, leave, some, mine, found)
 
 
@@ -280,7 +280,7 @@ def _settle(
     `table` [T, M, D + 2] is `_table` of those.
     """
     n, count = rows.shape[1], centres.rows.shape[1]
-    x = rows.flatten(0, 1).index_select(0, chosen.flatten()).view(*chosen.shape, -1).float()
+    x = rows.flatten(0, 1).index_select(0, chosen.flatten()).view(*chosen.shape, rows.shape[2]).float()
     square = squares.flatten()[chosen].unsqueeze(-1)
     scores = torch.bmm(torch.cat([x, square, torch.ones_like(square)], dim=-1), table.transpose(1, 2))
     if leave is None:

@@ -1,0 +1,48 @@
+"""squeeze extend"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from squeezed.cli import app, messages
+from squeezed.cli.build import PeakOfBuild
+from squeezed.cli.options import Device, DType, load
+from squeezed.cli.progress import Stages
+
+
+@app.command()
+def extend(
+    context: Annotated[Path, typer.Argument(help="Folder that squeeze build wrote.")],
+    files: Annotated[list[str], typer.Argument(help="Text files to add, in this order.", show_default=False)],
+    model: Annotated[str | None, typer.Option(help="Where the model is now, if it has moved.")] = None,
+    verify: Annotated[bool, typer.Option(help="Compare checksums first.")] = True,
+    device: Device = "auto",
+    dtype: DType = "auto",
+) -> None:
+    """Add text files to the end of a prepared context. Until that is complete the folder stays as it was."""
+    from squeezed.artifact import read_manifest
+    from squeezed.errors import InputError
+    from squeezed.extension import extend_into, rebuild_advice
+    from squeezed.text import read_files
+
+    text, parts = read_files(files)
+    manifest = read_manifest(context)
+    source = model or manifest.model.get("source")
+    if source is None:
+        raise InputError(f"{context} does not say where its model is; pass --model")
+    try:
+        lm, tokenizer = load(source, device, dtype if dtype != "auto" else manifest.model["dtype"])
+    except InputError as error:
+        raise InputError(f"{error}" if model else f"{error}; if the model has moved, pass --model") from error
+    since = time.perf_counter()
+    with Stages(messages) as stages, PeakOfBuild(lm.device) as peak:
+        longer = extend_into(context, lm, tokenizer, [text], parts, verify, stages.update)
+    seconds = time.perf_counter() - since
+    messages.print(f"{context}: {longer.extensions[-1]:,} tokens added in {seconds:,.0f} s, now {longer.tokens:,}")
+    messages.print(str(peak))
+    if advice := rebuild_advice(longer):
+        messages.print(f"building it again would pay: {advice}")
