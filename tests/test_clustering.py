@@ -255,7 +255,13 @@ def test_the_kernels_do_what_the_steps_define(heads: int, n: int, dim: int, clus
     gain = triton.farthest(exact, there(squares), there(order), there(offsets), there(centres))[1]
     expected_gain = steps.farthest(rows, squares, order, offsets, centres)[1]
     torch.testing.assert_close(gain.cpu(), expected_gain, rtol=1e-3, atol=1e-4)
+    others = steps.nearest_other(centres, None)
+    itself = torch.arange(clusters).expand(heads, -1).contiguous()
     ones, sizes = torch.ones_like(centres.squares), centres.sizes
+    arguments = (there(ones), there(steps.FAR * ones), None, 0, 1)
+    found = triton.step(there(centres.rows), there(centres.squares), there(itself), there(centres), *arguments).cpu()
+    assert (found != itself).all()
+    assert (found != others)[sizes > 0].float().mean() <= (0.0 if DEVICE == "cpu" else 0.02)
     join, leave = sizes / (sizes + 1), torch.where(sizes > 1, sizes / (sizes - 1).clamp(min=1), 0.0)
     join = torch.where(sizes > 0, join, 1.0)
     for name, weight, limit, where, phase, stride in (

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FAR = 1e30  # added to the squared distance of a cluster that nothing may join
+FAR = 1e18  # added to the squared distance of a cluster that nothing may join; its square is still a number
 _NEAR = 1e-12  # least squared distance: rounding may give less than nothing
 _SCORES = 2**22  # float32 scores held at once on a CPU: 16 MB, so that they stay in its caches
 _TILE = 64  # rows that share one copy of their candidates

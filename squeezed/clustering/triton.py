@@ -211,7 +211,7 @@ def _run_means(
     total = tl.zeros([DIM], tl.float32)
     mass = tl.zeros([], tl.float32)
     for first in range(start, end, BLOCK):
-        place = first + tl.arange(0, BLOCK)
+        place = (first + tl.arange(0, BLOCK)).to(tl.int64)
         live = place < end
         row = place
         if ORDERED:
@@ -281,7 +281,7 @@ def _run_spread(
     mean = tl.load(means + (head * runs + run) * dim + channel, mask=channel < dim, other=0.0)
     total = 0.0
     for first in range(start, end, BLOCK):
-        place = first + tl.arange(0, BLOCK)
+        place = (first + tl.arange(0, BLOCK)).to(tl.int64)
         live = (place < end)[:, None] & (channel < dim)[None, :]
         x = tl.load(rows + head * stride + place[:, None] * dim + channel[None, :], mask=live, other=0.0)
         residual = tl.where(live, x.to(tl.float32) - mean[None, :], 0.0)
@@ -336,7 +336,7 @@ def _farthest(
     found = n - 1
     most = -1.0
     for first in range(start, end, BLOCK):
-        place = first + tl.arange(0, BLOCK)
+        place = (first + tl.arange(0, BLOCK)).to(tl.int64)
         live = place < end
         row = tl.load(order + head * n + place, mask=live, other=0)
         x = tl.load(
@@ -356,7 +356,7 @@ def _farthest(
     level = centre_square - tl.load(squares + head * n + found)
     gain = 0.0
     for first in range(start, end, BLOCK):
-        place = first + tl.arange(0, BLOCK)
+        place = (first + tl.arange(0, BLOCK)).to(tl.int64)
         live = place < end
         row = tl.load(order + head * n + place, mask=live, other=0)
         x = tl.load(
