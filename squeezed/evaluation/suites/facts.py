@@ -164,7 +164,7 @@ def _from_sections(prose: Prose) -> Iterator[Question]:
         own = [sentence for sentence in prose.sentences if sentence.section == index and _is_statement(sentence.text)]
         if own and len(own[0].text.split()) > _FIRST_WORDS:
             beginning = " ".join(own[0].text.split()[:_FIRST_WORDS])
-            text = f'With which words does the section "{heading.title}" begin?'
+            text = f'What are the first five words under the heading "{heading.title}"?'
             yield Question("sections", text, (beginning.rstrip(",;:"),), own[0].start, beginning)
         told = [one for one in own if 8 <= len(one.text.split()) <= 25 and not _alike(one.text, heading.title)]
         if told:
