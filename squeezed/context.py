@@ -41,7 +41,7 @@ class FixedContext:
         text: the prefix as a string.
         config: how it was built.
         model, tokenizer: whose it is, see :func:`squeezed.models.model_identity`.
-        extensions: tokens that each `extend` has added since the context was built.
+        extensions: tokens of each part at the end that was added by `extend` and is clustered by itself.
     """
 
     layers: tuple[ClusteredKeys | SlidingTail, ...]

@@ -2,8 +2,9 @@
 
 The new text is prefilled behind the old one, dense. So is the old observation window once more: from now on it is like
 any other part of the text, and tokens at its end may come out differently before what follows. New keys are clustered
-by themselves, and their clusters lie behind the old ones, on every level. The old clusters stay what they are;
-thresholds are set anew.
+by themselves, and their clusters lie behind the old ones, on every level. What was built stays what it is; earlier
+extensions are clustered once more along with a new one that is not much smaller, so that many small ones do not leave
+many small pieces. Thresholds are set anew.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ from squeezed.text import Part, append_parts, locate_parts
 
 _log = logging.getLogger(__name__)
 _MANY_CLUSTERS = 1.25  # times those of a fresh build
+# An earlier extension is clustered again if it is at most that many times as long as what comes with it: 20 extensions
+# of 100 tokens each, on 2,000 built, found 1.1% less attention in 10% of the keys than a fresh build, and do not so.
+_TOGETHER = 4
 _JOIN = "\n\n"
 
 
@@ -108,17 +112,14 @@ def rebuild_advice(context: FixedContext) -> str | None:
     """Why building the context afresh from all its files would pay; None where it would not."""
     if not context.extensions:
         return None
-    added = sum(context.extensions)
     fresh = context.config.clusters_of(context.squeezed_layers[0].clustered)
     counts = [int((layer.levels[0].sizes > 0).sum(-1).max()) for layer in context.squeezed_layers]
     clusters = max(counts)
     if clusters > _MANY_CLUSTERS * fresh:
         return (
-            f"{len(context.extensions)} extensions have left {clusters:,} clusters per head, where a fresh build has "
-            f"{fresh:,}: each question reads them all"
+            f"it has {clusters:,} clusters per head, of which each question reads every one; a fresh build of its "
+            f"{context.tokens:,} tokens has {fresh:,}"
         )
-    if added > context.tokens - added:
-        return f"{added:,} of its {context.tokens:,} tokens were added since it was built"
     return None
 
 
@@ -130,11 +131,13 @@ class _Longer:
         old: the context that is extended.
         context: the longer one, without layers.
         kept: old tokens that stay where they are: all but the observation window.
+        again: old keys at their end, of earlier extensions, that are clustered again with the new ones.
     """
 
     old: FixedContext
     context: FixedContext
     kept: int
+    again: int
 
     @classmethod
     def of(
@@ -167,6 +170,9 @@ class _Longer:
             )
         if len(ids) <= old.tokens:
             raise InputError(f"the text that is added makes the context no longer than its {old.tokens} tokens")
+        earlier, together = list(old.extensions), len(ids) - old.tokens
+        while earlier and earlier[-1] <= _TOGETHER * together:
+            together += earlier.pop()
         context = replace(
             old,
             layers=(),
@@ -174,9 +180,9 @@ class _Longer:
             seam=prefix.seam,
             text=prefix.text,
             parts=tuple(locate_parts(all_parts, prefix.spans, before)),
-            extensions=(*old.extensions, len(ids) - old.tokens),
+            extensions=(*earlier, together),
         )
-        return cls(old, context, kept)
+        return cls(old, context, kept, together - (len(ids) - old.tokens))
 
     def layers(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, on_progress: Progress
@@ -195,7 +201,7 @@ class _Longer:
             past_tokens=self.kept,
         )
         for number, new in enumerate(prefilled):
-            layer = extend_layer(self.old.layers[number].to(model.device), new, config, modules[number])
+            layer = extend_layer(self.old.layers[number].to(model.device), new, config, modules[number], self.again)
             observed = probes.observe(number, layer) if probes is not None else []
             if new.queries is not None:
                 observed = observed or [new.queries]
@@ -211,28 +217,40 @@ class _Longer:
         return Past(layer.keys[:, :-window], layer.values[:, :-window])
 
 
-def extend_layer(old: Layer, new: PrefilledLayer, config: BuildConfig, module: torch.nn.Module) -> Layer:
+def extend_layer(
+    old: Layer, new: PrefilledLayer, config: BuildConfig, module: torch.nn.Module, again: int = 0
+) -> Layer:
     """One layer of the longer context.
 
     Args:
         new: the layer's keys, values and queries of the old window and the text behind it; of a sliding-window layer
             all that counts of the longer text.
+        again: last clustered keys of `old`, whole clusters, that are clustered again with the new ones.
     """
     if isinstance(old, SlidingTail) or new.queries is None:
         assert isinstance(old, SlidingTail)
         return SlidingTail(new.keys.clone(), new.values.clone(), old.sliding_window)
-    keys, values = _unchanged(old, config)
-    count, before = new.keys.shape[1] - config.window, old.clustered
-    total = before + count
-    clusters = max(1, min(count, round(config.clusters_of(total) * count / total)))
-    order, runs = find_clusters(new.keys[:, :count], config, clusters, clustering_space(new, config))
+    stay, more = old.clustered - again, again + new.keys.shape[1] - config.window
+    total = stay + more
+    # What is clustered, in text order, then the new window.
+    places = (old.positions[:, stay:].long() - (stay + config.sinks)).argsort(dim=1) + stay
+    earlier = _unchanged(old, config)
+    later = [
+        torch.cat([part.gather(1, places.unsqueeze(-1).expand(-1, -1, part.shape[2])), fresh], dim=1)
+        for part, fresh in zip(earlier, (new.keys, new.values), strict=True)
+    ]
+    clusters = max(1, min(more, round(config.clusters_of(total) * more / total)))
+    order, runs = find_clusters(later[0][:, :more], config, clusters, clustering_space(new, config))
     joined = []
-    for earlier, later in ((keys, new.keys), (values, new.values)):
-        ordered = lay_out(later, order, 0)
-        parts = (earlier[:, :before], ordered[:, :count], earlier[:, before:], ordered[:, count:])
+    for known, added in zip(earlier, later, strict=True):
+        ordered = lay_out(added, order, 0)
+        parts = (known[:, :stay], ordered[:, :more], known[:, old.clustered :], ordered[:, more:])
         joined.append(torch.cat(parts, dim=1))
-    positions = torch.cat([old.positions, (order + before + config.sinks).int()], dim=1)
-    sizes = [join_runs(level.sizes.long(), run) for level, run in zip(old.levels, runs, strict=True)]
+    positions = torch.cat([old.positions[:, :stay], (order + stay + config.sinks).int()], dim=1)
+    sizes = []
+    for level, run in zip(old.levels, runs, strict=True):
+        before = level.sizes.long()
+        sizes.append(join_runs(before * (before.cumsum(1) <= stay), run))
     layer = store(assemble(joined[0], joined[1], positions, sizes, config.second_order), config)
     return fit_spread(layer, new.queries, scale_of(module))
 

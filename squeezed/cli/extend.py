@@ -42,7 +42,8 @@ def extend(
     with Stages(messages) as stages, PeakOfBuild(lm.device) as peak:
         longer = extend_into(context, lm, tokenizer, [text], parts, verify, stages.update)
     seconds = time.perf_counter() - since
-    messages.print(f"{context}: {longer.extensions[-1]:,} tokens added in {seconds:,.0f} s, now {longer.tokens:,}")
+    added = longer.tokens - manifest.tokens
+    messages.print(f"{context}: {added:,} tokens added in {seconds:,.0f} s, now {longer.tokens:,}")
     messages.print(str(peak))
     if advice := rebuild_advice(longer):
         messages.print(f"building it again would pay: {advice}")

@@ -49,16 +49,22 @@ def test_files_are_added_and_can_be_asked_about(squeeze: Run, tmp_path: Path) ->
     status, _, said = squeeze("extend", "book", "b.txt", "c.txt")
     assert status == 0
     after = FixedContext.load(tmp_path / "book")
-    assert f"{after.extensions[0]:,} tokens added" in said
+    assert f"{after.tokens - before.tokens:,} tokens added" in said
     assert f"now {after.tokens:,}" in said
     assert "peak memory" in said
-    assert "building it again would pay" in said  # more was added than there had been
+    assert "building it again would pay" not in said
     assert after.tokens == before.tokens + after.extensions[0]
     assert [part.name for part in after.parts] == ["a.txt", "b.txt", "c.txt"]
     assert squeeze("ask", "book", "Who?", "--max-new-tokens", 2)[0] == 0
     status, out, _ = squeeze("inspect", "book", "--json")
     assert status == 0
     assert json.loads(out)["extensions"] == list(after.extensions)
+
+
+def test_it_is_said_when_building_again_would_pay(squeeze: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert squeeze("build", "model", "a.txt", "-o", "book", "--window", 24)[0] == 0
+    monkeypatch.setattr("squeezed.extension._MANY_CLUSTERS", 0.1)
+    assert "building it again would pay: it has" in squeeze("extend", "book", "b.txt")[2]
 
 
 @pytest.mark.parametrize(
