@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from squeezed.clustering.steps import run_means
 from squeezed.ops.layout import ClusteredKeys, from_eight_bits
 
 _QUERIES = 8  # of each query head; the coefficient is one number per KV head
@@ -45,23 +46,27 @@ def _coefficients(layer: ClusteredKeys, head: int, query: Tensor, scale: float) 
     Clusters count by the square root of their attention: the many that no query looks at would drown the few that
     matter, and those alone are too few.
     """
-    keys = layer.keys[head : head + 1, : layer.clustered]
-    if layer.scales is not None:
-        keys = from_eight_bits(keys, *(scales[head : head + 1] for scales in layer.scales[:2]))
-    logits = scale * (query @ keys[0].float().T)
+    logits = scale * (query @ _rows(layer, layer.keys[:, : layer.clustered], head).T)
     top = logits.amax(-1, keepdim=True)
     weights = (logits - top).exp_()
     stretch = 0.5 * scale**2 * query.square().sum(-1, keepdim=True)
+    weights = weights.T.contiguous().unsqueeze(0)
     found = []
-    for depth, level in enumerate(layer.levels):
+    for level in layer.levels:
         sizes = level.sizes[head]
-        count = int((sizes > 0).sum())
-        sizes = sizes[:count]
-        run_of = torch.repeat_interleave(sizes, output_size=layer.clustered)
-        mass = torch.zeros(len(query), count, device=query.device).index_add_(1, run_of, weights)
-        excess = (mass / sizes).clamp(min=1e-37).log() + top - scale * (query @ layer.centroids(depth)[head, :count].T)
+        runs = torch.nn.functional.pad(sizes.long().cumsum(0), (1, 0))
+        mean = run_means(weights, None, runs.unsqueeze(0))[0].T  # 0 for padding, which then counts for nothing
+        mass = mean * sizes
+        excess = mean.clamp(min=1e-37).log() + top - scale * (query @ _rows(layer, level.centroids, head).T)
         assert level.spread is not None
-        term = stretch * level.spread[head, :count]
+        term = stretch * level.spread[head]
         importance = (mass / mass.sum(-1, keepdim=True)).sqrt() * (sizes > 1)
         found.append((importance * term * excess).sum() / (importance * term.square()).sum().clamp(min=1e-12))
     return torch.stack(found).clamp(0.0, _LARGEST)
+
+
+def _rows(layer: ClusteredKeys, rows: Tensor, head: int) -> Tensor:
+    """Keys or centroids of one head, [n, head_dim] float32."""
+    if layer.scales is None:
+        return rows[head].float()
+    return from_eight_bits(rows[head : head + 1], *(scale[head : head + 1] for scale in layer.scales[:2]))[0]

@@ -74,12 +74,9 @@ def _without_padding(rows: Tensor, sizes: Tensor) -> Tensor:
 
 def _run_means(rows: Tensor, sizes: Tensor) -> Tensor:
     """Mean of each run of `sizes` consecutive rows: [H, n, D], [H, K] int32 -> [H, K, D] float32; 0 for empty runs."""
-    heads, n, dim = rows.shape
-    means = torch.zeros(heads, sizes.shape[1], dim, device=rows.device)
-    for head in range(heads):  # a head at a time: a float32 copy of all would be twice the layer
-        run_of = torch.repeat_interleave(sizes[head], output_size=n)
-        means[head].index_add_(0, run_of, rows[head].float())
-    return means / sizes.clamp(min=1).unsqueeze(-1)
+    from squeezed.clustering.steps import run_means  # here, since that package stores what it has laid out
+
+    return run_means(rows, None, torch.nn.functional.pad(sizes.long().cumsum(1), (1, 0)))
 
 
 def _scale_and_centre(rows: Tensor) -> tuple[Tensor, Tensor]:

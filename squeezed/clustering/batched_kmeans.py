@@ -174,9 +174,12 @@ def _of(rows: Tensor) -> Centres:
 
 def _sorted(labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     """Rows by cluster, stable: order [heads, n], and where each cluster begins in it, [heads, clusters + 1]."""
-    found, order = labels.int().sort(dim=1, stable=True)
-    bounds = torch.arange(clusters + 1, dtype=torch.int32, device=labels.device).expand(labels.shape[0], -1)
-    return order, torch.searchsorted(found, bounds.contiguous())
+    heads, n = labels.shape
+    head = torch.arange(heads, device=labels.device).unsqueeze(1)
+    # One sort of all heads: a GPU would take them one after another.
+    found, order = (labels + head * clusters).int().flatten().sort(stable=True)
+    bounds = torch.arange(clusters + 1, device=labels.device) + head * clusters
+    return order.view(heads, n) - head * n, torch.searchsorted(found.view(heads, n), bounds.int())
 
 
 def _centres(rows: Tensor, order: Tensor, offsets: Tensor, mass: Tensor | None) -> Centres:
