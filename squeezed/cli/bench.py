@@ -1,4 +1,4 @@
-"""squeeze bench attention, build, generate, needle"""
+"""squeeze bench attention, build, clusters, generate, needle"""
 
 from __future__ import annotations
 
@@ -187,6 +187,40 @@ def _generate_with(
         with messages.status("timing") as status:
             rows.append(run(lm, tokenizer, fixed, asked, sparsity, new_tokens, status.update))
     return rows
+
+
+@bench_app.command()
+def clusters(
+    model: Annotated[str, typer.Option(help="Local transformers folder, .gguf file, hub name, or demo.")] = "demo",
+    file: Annotated[list[str] | None, typer.Option("--file", help="The text; the demo's manual if left out.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of it, at most.")] = 7800,
+    windows: Annotated[int, typer.Option(help="Pieces to prefill apart, for more than the model takes.")] = 1,
+    share: Annotated[float, typer.Option("--clusters", help="Clusters as a share of the keys.")] = 0.05,
+    layer: Annotated[list[int] | None, typer.Option(help="Counted from 0. Repeatable. [2, 14]")] = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    as_json: JsonFlag = False,
+) -> None:
+    """How good the clusters of a model's own keys are, against scikit-learn's (if it is installed)."""
+    from squeezed.bench.cluster_quality import QualityCase, judge_clusters
+    from squeezed.demo import manual_path
+    from squeezed.text import read_files
+
+    case = QualityCase(share, tuple(layer or (2, 14)), windows)
+    lm, tokenizer = load(model, device, dtype)
+    text, _ = read_files(file or [manual_path()])
+    ids = tokenizer(text, verbose=False).input_ids[:tokens]
+    with messages.status("clustering in several ways"):
+        rows = list(judge_clusters(lm, ids, case))
+    run = {"device": lm.device.type, "model": model, **_versions(), "rows": rows}
+    if as_json:
+        print(json.dumps(run, indent=1))
+        return
+    table = Table("layer", "keys", "clusters", "way", "sum", "attention", "seconds", title="Clusters of a model's keys")
+    for row in rows:
+        found = (f"{row['sum']:.4f}", f"{row['attention']:.4f}", f"{row['seconds']:.1f}")
+        table.add_row(str(row["layer"]), f"{row['keys']:,}", f"{row['clusters']:,}", row["way"], *found)
+    output.print(table)
 
 
 @bench_app.command()
