@@ -17,7 +17,7 @@ from squeezed.evaluation.settings import RunConfig, RunFolder
 
 Record = dict[str, Any]
 OnProgress = Callable[[str, int, int | None], None]  # stage, records there are, records expected
-Load = Callable[[], Subject]
+Load = Callable[[int], Subject]  # given the number of the worker
 _WAITING = 2  # jobs that are made ahead, per worker
 
 
@@ -60,7 +60,7 @@ def run(
         if workers > 1:
             _share(config, done, load, workers, missing, keep)
         else:
-            subject = load()
+            subject = load(0)
             for job in missing(make_jobs(config, subject.tokenizer)):
                 for records in do(subject, config, job, done, lambda stage: on_progress(stage, before + new, expected)):
                     keep(records)
@@ -102,7 +102,8 @@ def _share(
     jobs: Any = context.Queue()
     results: Any = context.Queue()
     started = [
-        context.Process(target=_work, args=(config, done, load, jobs, results), daemon=True) for _ in range(workers)
+        context.Process(target=_work, args=(config, done, load, number, jobs, results), daemon=True)
+        for number in range(workers)
     ]
     for process in started:
         process.start()
@@ -145,10 +146,10 @@ def _share(
                 process.terminate()
 
 
-def _work(config: RunConfig, done: set[tuple[str, str]], load: Load, jobs: Any, results: Any) -> None:
+def _work(config: RunConfig, done: set[tuple[str, str]], load: Load, number: int, jobs: Any, results: Any) -> None:
     """A worker's life."""
     try:
-        subject = load()
+        subject = load(number)
         while (job := jobs.get()) is not None:
             for records in do(subject, config, job, done):
                 results.put(("records", records))

@@ -16,7 +16,8 @@ class Loader:
     dtype: str
     workers: int = 1
 
-    def __call__(self) -> Subject:
+    def __call__(self, worker: int = 0) -> Subject:
+        """The model of one worker process; workers take the GPUs there are in turn."""
         import torch
         from transformers.utils import logging
 
@@ -26,4 +27,6 @@ class Loader:
         logging.disable_progress_bar()
         if self.workers > 1:
             torch.set_num_threads(1)
+            if self.device == "cuda":
+                torch.cuda.set_device(worker % torch.cuda.device_count())
         return Subject.of(*load_model(self.model, self.device, parse_dtype(self.dtype)))

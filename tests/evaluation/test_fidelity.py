@@ -108,7 +108,7 @@ def test_longppl_is_over_key_tokens_only(tmp_path: Path, subject: Subject) -> No
         "longppl", "tiny", "float32", ("streaming",), (0.4,), lengths=(512,), samples=2, data=str(tmp_path / "t.txt")
     )
     (tmp_path / "t.txt").write_text(tiny.text(4000))
-    assert run(config, tmp_path / "run", lambda: subject) == 2 * 2
+    assert run(config, tmp_path / "run", lambda worker: subject) == 2 * 2
     row = write_report(tmp_path / "run")["lengths"]["512"]["rows"]["streaming@0.4"]
     assert row["longppl"] is None if row["key_tokens"] == 0 else row["longppl"] > 1
     assert row["perplexity"] == pytest.approx(math.exp(row["nll"]["mean"]), rel=1e-3)
@@ -119,7 +119,7 @@ def test_a_fidelity_run_is_reported_by_layer(tmp_path: Path, subject: Subject) -
     config = RunConfig(
         "fidelity", "tiny", "float32", ("random", "oracle"), (0.3,), lengths=(512,), samples=2, data=str(tmp_path)
     )
-    run(config, tmp_path / "run", lambda: subject)
+    run(config, tmp_path / "run", lambda worker: subject)
     rows = write_report(tmp_path / "run")["lengths"]["512"]["rows"]
     assert len(rows["oracle@0.3"]["error_by_layer"]) == 3
     assert rows["oracle@0.3"]["error"]["mean"] < rows["random@0.3"]["error"]["mean"]

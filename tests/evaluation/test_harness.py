@@ -48,7 +48,7 @@ def suite(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(suites.SUITES, "words", Suite("words", ("first", "second"), "nothing", made_up))
 
 
-def load() -> Subject:
+def load(worker: int = 0) -> Subject:
     return Subject.of(tiny.model("llama"), tiny.tokenizer())
 
 
