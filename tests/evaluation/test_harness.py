@@ -152,7 +152,7 @@ def test_a_question_too_long_for_the_model_is_refused_by_name(tmp_path: Path, mo
     tokens = len(encode_prefix(tiny.tokenizer(), tiny.text(800), chat=True)[0].ids)
     monkeypatch.setattr(lm.config, "max_position_embeddings", tokens + 4)
     with pytest.raises(InputError, match="positions"):
-        run(CONFIG, tmp_path, lambda: Subject.of(lm, tiny.tokenizer()))
+        run(CONFIG, tmp_path, lambda worker: Subject.of(lm, tiny.tokenizer()))
 
 
 def test_the_report_has_means_intervals_table_and_pictures(tmp_path: Path) -> None:
