@@ -180,10 +180,13 @@ class FixedContext:
         for i, layer in enumerate(prefilled):
             made = prepare_layer(layer, modules[i], self.config)
             layers.append(made)
-            observed = probes.observe(i, made) if probes is not None else []
+            on_progress("cluster", i + 1, len(modules))
+            observed: list[Tensor] = []
+            if probes is not None:
+                observed = probes.observe(i, made)
+                on_progress("questions", i + 1, len(modules))
             if layer.queries is not None:
                 queries.append(observed or [layer.queries])
-            on_progress("cluster", i + 1, len(modules))
         return replace(self, layers=tuple(layers)).calibrated(model, queries, on_progress)
 
     def probes(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Probes | None:
@@ -210,7 +213,9 @@ class FixedContext:
         ]
         layers = self.squeezed_layers
         curves = calibrate(layers, queries, scales, lambda done, total: on_progress("calibrate", done, total))
+        on_progress("measure", 0, 1)
         errors = measure_errors((layer.to(model.device) for layer in layers), queries, scales, curves)
+        on_progress("measure", 1, 1)
         return replace(self, curves=replace(curves, errors=errors))
 
     @property

@@ -94,17 +94,18 @@ def extend_into(
         # Hidden states stay in memory here, and so do queries; it asks for a little too much.
         artifact.check_space(target, needed_bytes(model, longer.context.tokens, context.config, 0))
         written: list[artifact.WrittenLayer] = []
+        total = len(context.layers) + 1  # and the manifest
         queries: list[list[Tensor]] = []
         for number, (layer, observed) in enumerate(longer.layers(model, tokenizer, on_progress)):
             written.append(artifact.write_layer(layer, partial, number))
+            on_progress("save", number + 1, total)
             if observed:
                 queries.append(observed)
             del layer
         layers = tuple(artifact.read_layer(entry, partial) for entry in written)
         found = replace(longer.context, layers=layers).calibrated(model, queries, on_progress)
-        on_progress("save", 0, 1)
         artifact.finish(found, partial, written)
-        on_progress("save", 1, 1)
+        on_progress("save", total, total)
     return found
 
 
@@ -202,12 +203,15 @@ class _Longer:
         )
         for number, new in enumerate(prefilled):
             layer = extend_layer(self.old.layers[number].to(model.device), new, config, modules[number], self.again)
-            observed = probes.observe(number, layer) if probes is not None else []
+            on_progress("cluster", number + 1, len(modules))
+            observed: list[Tensor] = []
+            if probes is not None:
+                observed = probes.observe(number, layer)
+                on_progress("questions", number + 1, len(modules))
             if new.queries is not None:
                 observed = observed or [new.queries]
             yield layer, observed
             del layer, new
-            on_progress("cluster", number + 1, len(modules))
 
     def _past(self, number: int, model: PreTrainedModel) -> Past:
         layer = self.old.layers[number].to(model.device)

@@ -229,7 +229,11 @@ def _build(
     prefilled = prefill(model, context.ids.tolist(), config.window, config.chunk, on_chunk, hidden, start)
     for number, layer in enumerate(prefilled, start):
         made = prepare_layer(layer, modules[number], config)
-        observed = probes.observe(number, made) if probes is not None else []
+        on_progress("cluster", number + 1, total)
+        observed: list[Tensor] = []
+        if probes is not None:
+            observed = probes.observe(number, made)
+            on_progress("questions", number + 1, total)
         if layer.queries is not None:
             _save(_queries_path(work.folder, number), observed or [layer.queries])
         if probes is not None:
@@ -240,17 +244,16 @@ def _build(
         work.note()
         _probes_path(work.folder, number).unlink(missing_ok=True)
         del made, layer
-        on_progress("cluster", number + 1, total)
+        on_progress("save", number + 1, total + 1)
     layers = tuple(artifact.read_layer(written, work.folder) for written in progress.layers)
     queries = [
         _load(path, model.device) for path in (_queries_path(work.folder, i) for i in range(total)) if path.exists()
     ]
     context = replace(context, layers=layers).calibrated(model, queries, on_progress)
-    on_progress("save", 0, 1)
     artifact.finish(context, work.folder, progress.layers)
     for path in sorted(work.folder.glob(".*"), key=lambda path: path.name == _PROGRESS):
         path.unlink()
-    on_progress("save", 1, 1)
+    on_progress("save", total + 1, total + 1)
     return context
 
 

@@ -269,6 +269,8 @@ def test_a_stopped_command_says_how_to_go_on_and_does(
     assert done.returncode == 0, done.stderr  # no layer was prepared again
     assert "after 3 layers" in done.stderr
     assert "peak memory" in done.stderr
+    timed = next(line for line in done.stderr.splitlines() if line.startswith("seconds: "))
+    assert all(stage in timed for stage in ("calibrate", "measure", "save"))
     FixedContext.load(tmp_path / "out" / "manual")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["manual"]
 

@@ -56,6 +56,7 @@ def build(
         raise
     size = sum(path.stat().st_size for path in output.iterdir())
     messages.print(f"{output}: {context.tokens:,} tokens, {size / 1e6:,.0f} MB. Ask it: squeeze ask {output} QUESTION")
+    messages.print(str(stages), soft_wrap=True)
     messages.print(str(peak))
 
 

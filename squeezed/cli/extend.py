@@ -44,6 +44,7 @@ def extend(
     seconds = time.perf_counter() - since
     added = longer.tokens - manifest.tokens
     messages.print(f"{context}: {added:,} tokens added in {seconds:,.0f} s, now {longer.tokens:,}")
+    messages.print(str(stages), soft_wrap=True)
     messages.print(str(peak))
     if advice := rebuild_advice(longer):
         messages.print(f"building it again would pay: {advice}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 
 from rich.console import Console
@@ -15,11 +16,20 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-_UNITS = {"prefill": "tokens", "cluster": "layers", "calibrate": "passes", "save": "files"}
+_UNITS = {
+    "prefill": "tokens",
+    "cluster": "layers",
+    "questions": "layers",
+    "calibrate": "passes",
+    "save": "files",
+}
 
 
 class Stages:
-    """Shows (stage, done, total) updates; a stage's bar appears with its first update."""
+    """Shows (stage, done, total) updates; a stage's bar appears with its first update.
+
+    The seconds before an update, since the one before that, count for its stage.
+    """
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
@@ -33,8 +43,10 @@ class Stages:
             console=console,
         )
         self._tasks: dict[str, int] = {}
+        self.seconds: dict[str, float] = {}  # on a GPU, what a stage leaves running counts for the next
 
     def __enter__(self) -> Stages:
+        self._since = time.perf_counter()
         return self
 
     def __exit__(
@@ -49,6 +61,12 @@ class Stages:
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(stage, total=total, unit=_UNITS.get(stage, ""))
         self._progress.update(self._tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._since
+        self._since = now
+
+    def __str__(self) -> str:
+        return "seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items())
 
 
 class Answers:

@@ -52,6 +52,8 @@ def test_files_are_added_and_can_be_asked_about(squeeze: Run, tmp_path: Path) ->
     assert f"{after.tokens - before.tokens:,} tokens added" in said
     assert f"now {after.tokens:,}" in said
     assert "peak memory" in said
+    timed = next(line for line in said.splitlines() if line.startswith("seconds: "))
+    assert all(stage in timed for stage in ("prefill", "cluster", "questions", "save", "calibrate", "measure"))
     assert "building it again would pay" not in said
     assert after.tokens == before.tokens + after.extensions[0]
     assert [part.name for part in after.parts] == ["a.txt", "b.txt", "c.txt"]
