@@ -197,18 +197,26 @@ def _histograms(
     threshold leaves out only changes the denominators.
     """
     own = layer.levels[level]
-    kv_heads, _, dim = own.shape
-    grouped = blocks.reshape(blocks.shape[0], kv_heads, -1, dim).float()
-    logits = reference.centroid_logits(grouped, own.centroids, scale, own.spread, layer.scales)
+    kv_heads, clusters, dim = own.shape
+    grouped = blocks.reshape(len(blocks), kv_heads, -1, dim).transpose(0, 1).float()
+    # All blocks of a head as rows of one product: block by block, each would get a copy of the centroids.
+    logits = reference.centroid_logits(
+        grouped.flatten(1, 2).unsqueeze(0), own.centroids, scale, own.spread, layer.scales
+    ).view(*grouped.shape[:3], clusters)
     # float64: a score may be e^-100 of the row's highest, where float32 has nothing left.
     weights = (logits - logits.amax(-1, keepdim=True)).double().exp_()
     sizes = own.sizes.double()
-    counts = sizes.expand(blocks.shape[0], -1, -1).flatten()
+    everywhere = sizes.unsqueeze(1).expand(-1, len(blocks), -1)
+    counts = everywhere.flatten()
     found = []
     for thresholds in coarser:
         allowed = _allowed(layer, level, blocks, scale, thresholds)
-        present = sizes.expand(blocks.shape[0], -1, -1) if allowed is None else sizes * allowed
-        denominators = (weights @ present.unsqueeze(-1)).squeeze(-1)
+        if allowed is None:
+            present = everywhere
+            denominators = (weights.flatten(1, 2) @ sizes.unsqueeze(-1)).view(weights.shape[:3])
+        else:
+            present = everywhere * allowed.transpose(0, 1)
+            denominators = (weights @ present.unsqueeze(-1)).squeeze(-1)
         share = torch.where(denominators > 0, 1 / denominators, 0.0)
         scores = (share.unsqueeze(2) @ weights).squeeze(2) / weights.shape[2]
         log_scores = scores.log_().masked_fill_(present == 0, -math.inf)
