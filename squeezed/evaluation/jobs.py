@@ -65,23 +65,28 @@ def make_jobs(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator
 
 
 def questions(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Questions]:
-    """Jobs of a suite of questions."""
+    """Jobs of a suite of questions, of all lengths in turn."""
+    from squeezed.evaluation.suites import in_turn
+
+    return in_turn([_questions(config, length, tokenizer) for length in config.lengths])
+
+
+def _questions(config: RunConfig, length: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[Questions]:
     from squeezed.evaluation.suites import SuiteOptions, find_suite, token_functions
 
     suite = find_suite(config.suite)
     count_tokens, truncate_middle = token_functions(tokenizer)
-    for length in config.lengths:
-        options = SuiteOptions(
-            length=length - template_tokens(tokenizer) - QUESTION_ROOM - ANSWER_ROOM,
-            count=config.samples,
-            seed=config.seed,
-            count_tokens=count_tokens,
-            truncate_middle=truncate_middle,
-            tasks=config.tasks or None,
-            data=Path(config.data) if config.data else None,
-        )
-        for _, group in itertools.groupby(suite.samples(options), key=lambda sample: sample.context):
-            yield Questions(length, tuple(group))
+    options = SuiteOptions(
+        length=length - template_tokens(tokenizer) - QUESTION_ROOM - ANSWER_ROOM,
+        count=config.samples,
+        seed=config.seed,
+        count_tokens=count_tokens,
+        truncate_middle=truncate_middle,
+        tasks=config.tasks or None,
+        data=Path(config.data) if config.data else None,
+    )
+    for _, group in itertools.groupby(suite.samples(options), key=lambda sample: sample.context):
+        yield Questions(length, tuple(group))
 
 
 def template_tokens(tokenizer: PreTrainedTokenizerBase) -> int:

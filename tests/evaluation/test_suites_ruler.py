@@ -195,3 +195,7 @@ def test_refusals_say_what_to_do(texts: Path, tmp_path: Path) -> None:
 def test_synthetic_tasks_need_no_data() -> None:
     tasks = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe")
     assert len(samples("ruler", LENGTH, count=1, tasks=tasks)) == len(tasks)
+
+
+def test_a_run_that_is_stopped_has_seen_all_tasks_alike(texts: Path) -> None:
+    assert [sample.task for sample in samples("ruler", LENGTH, count=2, data=texts)] == [*TASKS, *TASKS]

@@ -1,7 +1,7 @@
 """Suites of questions about long texts, each split into fixed context and user input."""
 
 from squeezed.errors import InputError
-from squeezed.evaluation.suites.base import Suite, SuiteOptions, token_functions
+from squeezed.evaluation.suites.base import Suite, SuiteOptions, in_turn, token_functions
 from squeezed.evaluation.suites.longbench import LONGBENCH
 from squeezed.evaluation.suites.prefixqa import PREFIXQA
 from squeezed.evaluation.suites.ruler import RULER
@@ -21,4 +21,4 @@ def find_suite(name: str) -> Suite:
     return SUITES[name]
 
 
-__all__ = ["SUITES", "Suite", "SuiteOptions", "find_suite", "token_functions"]
+__all__ = ["SUITES", "Suite", "SuiteOptions", "find_suite", "in_turn", "token_functions"]

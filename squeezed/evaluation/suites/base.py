@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from squeezed.errors import InputError
 from squeezed.evaluation.sample import Sample
 
+_T = TypeVar("_T")
 CountTokens = Callable[[str], int]
 TruncateMiddle = Callable[[str, int], str]
 _FULL = 0.98  # of the length asked for; growing a context further is not worth the tokenizer's time
@@ -83,6 +86,17 @@ class Suite:
         if unknown:
             raise InputError(f"{self.name} has no task {', '.join(unknown)}; choose among {', '.join(known)}")
         return self.make(options.tasks or self.tasks, options)
+
+
+def in_turn(streams: Sequence[Iterator[_T]]) -> Iterator[_T]:
+    """One of each stream after another, until all have ended: a run that is stopped has seen all of them alike."""
+    waiting = deque(streams)
+    while waiting:
+        stream = waiting.popleft()
+        for item in stream:
+            yield item
+            waiting.append(stream)
+            break
 
 
 def token_functions(tokenizer: PreTrainedTokenizerBase) -> tuple[CountTokens, TruncateMiddle]:

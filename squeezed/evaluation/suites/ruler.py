@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from squeezed.evaluation.sample import Sample
-from squeezed.evaluation.suites.base import Suite, SuiteOptions
+from squeezed.evaluation.suites.base import Suite, SuiteOptions, in_turn
 from squeezed.evaluation.suites.ruler_niah import Needle, needle_samples
 from squeezed.evaluation.suites.ruler_qa import qa_samples
 from squeezed.evaluation.suites.ruler_tracking import tracking_samples
@@ -44,8 +44,7 @@ _TASKS: dict[str, _Task] = {
 
 
 def _samples(tasks: tuple[str, ...], options: SuiteOptions) -> Iterator[Sample]:
-    for task in tasks:
-        yield from _TASKS[task](task, options)
+    return in_turn([_TASKS[task](task, options) for task in tasks])
 
 
 RULER = Suite("ruler", tuple(_TASKS), NEEDS, _samples, "13 synthetic tasks of any length")
