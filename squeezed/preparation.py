@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from squeezed import query_metric
+from squeezed.attention import attached
 from squeezed.cache import FixedLayer, FixedSlidingLayer, Selection
 from squeezed.clustering import cluster_layer
 from squeezed.config import BuildConfig
@@ -102,17 +103,19 @@ class Probes:
         """Lead all questions through layer `number`: their queries there, [q_heads, tokens, head_dim] each."""
         queries: list[Tensor] = []
         hidden: list[Tensor] = []
-        for i, (given_up, ids) in enumerate(zip(self._given_up, self._ids, strict=True)):
-            own = question_layer(layer, Selection(None), self._context_tokens, given_up)
-            seen: list[Tensor] = []
-            if isinstance(own, FixedLayer):
-                own.observed = seen
-            cache = Cache(layers=self._stand_ins(self._context_tokens - given_up))
-            cache.layers[number] = own
-            mask = torch.ones(1, self._context_tokens - given_up + ids.shape[1], dtype=torch.int64, device=ids.device)
-            before = self.hidden[i] if number else None
-            hidden.append(self._runner.step(number, before, cache, input_ids=ids, attention_mask=mask))
-            queries.extend(query[0] for query in seen)
+        with attached(self._runner.model):  # once for all questions: it walks through all modules
+            for i, (given_up, ids) in enumerate(zip(self._given_up, self._ids, strict=True)):
+                end = self._context_tokens - given_up
+                own = question_layer(layer, Selection(None), self._context_tokens, given_up)
+                seen: list[Tensor] = []
+                if isinstance(own, FixedLayer):
+                    own.observed = seen
+                cache = Cache(layers=self._stand_ins(end))
+                cache.layers[number] = own
+                mask = torch.ones(1, end + ids.shape[1], dtype=torch.int64, device=ids.device)
+                before = self.hidden[i] if number else None
+                hidden.append(self._runner.step(number, before, cache, input_ids=ids, attention_mask=mask))
+                queries.extend(query[0] for query in seen)
         self.hidden = hidden
         return queries
 
