@@ -20,7 +20,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from squeezed.clustering.steps import FAR, Buckets, Centres, exchange, farthest, nearest, nearest_other, run_means
+from squeezed.clustering.steps import (
+    FAR,
+    Buckets,
+    Centres,
+    exchange,
+    farthest,
+    nearest,
+    nearest_other,
+    places,
+    run_means,
+)
 from squeezed.errors import InputError
 
 METRICS = ("cosine", "euclidean")
@@ -113,7 +123,7 @@ def _kmeans(
             order, offsets = _sorted(labels, clusters)
             centres = _centres(rows, order, offsets, mass)
             groups = _group(centres, _GROUP, _CANDIDATES)
-            labels = groups.number.gather(1, labels)
+            labels = groups.number.gather(1, labels.long()).to(labels.dtype)
             moved.zero_()
             looked_at = 0
         if iteration < _REGROUP or iteration % _REGROUP == 0:
@@ -124,7 +134,7 @@ def _kmeans(
         before, labels = labels, exchange(rows, squares, labels, centres, buckets, iteration % 2)
         moved += (before != labels).sum()
         looked_at += labels.numel() // 2
-    return labels
+    return labels.long()
 
 
 def _prepare(vectors: Tensor, metric: str, space: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -175,11 +185,13 @@ def _of(rows: Tensor) -> Centres:
 def _sorted(labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     """Rows by cluster, stable: order [heads, n], and where each cluster begins in it, [heads, clusters + 1]."""
     heads, n = labels.shape
-    head = torch.arange(heads, device=labels.device).unsqueeze(1)
+    kind = places(labels)
+    head = torch.arange(heads, dtype=kind, device=labels.device).unsqueeze(1)
     # One sort of all heads: a GPU would take them one after another.
     found, order = (labels + head * clusters).int().flatten().sort(stable=True)
-    bounds = torch.arange(clusters + 1, device=labels.device) + head * clusters
-    return order.view(heads, n) - head * n, torch.searchsorted(found.view(heads, n), bounds.int())
+    bounds = torch.arange(clusters + 1, dtype=torch.int32, device=labels.device) + (head * clusters).int()
+    offsets = torch.searchsorted(found.view(heads, n), bounds, out_int32=kind == torch.int32)
+    return order.view(heads, n).to(kind).sub_(head * n), offsets
 
 
 def _centres(rows: Tensor, order: Tensor, offsets: Tensor, mass: Tensor | None) -> Centres:
@@ -207,8 +219,9 @@ class _Groups(NamedTuple):
 def _group(centres: Centres, size: int, width: int) -> _Groups:
     """Groups of `size` clusters that lie near one another, all equally large, whatever the keys look like.
 
-    A group's candidates are the clusters nearest to its mean, and the nearest other one of each of its own: where
-    clusters lie in all directions alike, few that matter are near the mean.
+    A group's candidates are the clusters nearest to its mean, and the nearest other one of each of its own (of _EXACT
+    in the closest groups, if there are more): where clusters lie in all directions alike, few that matter are near the
+    mean.
     """
     heads, clusters, _ = centres.rows.shape
     itself = torch.arange(clusters, device=centres.rows.device).expand(heads, -1)
@@ -222,14 +235,20 @@ def _group(centres: Centres, size: int, width: int) -> _Groups:
     means = run_means(centres.rows, None, starts.contiguous())
     groups = means.shape[1]
     members = torch.arange(groups * size, device=itself.device).clamp(max=clusters - 1).view(groups, size)
-    partners = nearest_other(centres, None)[:, members]
+    around = None
+    if clusters > _EXACT:
+        distances = torch.cdist(means, means)
+        closest = distances.topk(max(1, _EXACT // size), dim=-1, largest=False).indices
+        around = Buckets(itself, starts, members.to(places(means))[closest].flatten(2))
+    partners = nearest_other(centres, around)[:, members]
+    del around
     near = torch.empty(heads, groups, width - size, dtype=torch.int64, device=itself.device)
     step = max(1, _DISTANCES[itself.device.type] // (heads * clusters))
     for some in torch.arange(groups, device=itself.device).split(step):
         distances = torch.baddbmm(centres.squares.unsqueeze(1), means[:, some], centres.rows.transpose(1, 2), alpha=-2)
         distances.scatter_(2, members[some].expand(heads, -1, -1), -FAR)  # its own belong to it in any case
         near[:, some] = distances.topk(width - size, dim=-1, largest=False).indices
-    return _Groups(number, starts, torch.cat([near, partners], dim=2), means)
+    return _Groups(number, starts, torch.cat([near, partners], dim=2).to(places(means)), means)
 
 
 def _by_pivot(centres: Centres, pivots: int) -> Tensor:
@@ -280,10 +299,11 @@ def _begin_anew(
     )
     worth &= ~paired
     number = torch.where(worth & (sizes.gather(1, joined) > 0), partner.gather(1, joined), joined)
-    labels = itself.scatter(1, joined, number).gather(1, labels)
+    kind = labels.dtype
+    labels = itself.scatter(1, joined, number).gather(1, labels.long())
     n = labels.shape[1]
     row = torch.where(worth, far.gather(1, split), n)  # a column that is cut off again takes what is not worth it
-    labels = torch.nn.functional.pad(labels, (0, 1)).scatter_(1, row, joined)[:, :n].contiguous()
+    labels = torch.nn.functional.pad(labels, (0, 1)).scatter_(1, row, joined)[:, :n].to(kind).contiguous()
     inertia = squares.sum(1) - (sizes * centres.rows.square().sum(-1)).sum(1)
     return labels, (worth * (dearest - cheapest)).sum(1) / inertia.clamp(min=1e-30)
 

@@ -2,7 +2,8 @@
 
 These are the definitions, and what runs on a CPU; `squeezed.clustering.triton` does the same on a GPU.
 
-Shapes: H heads, n rows of D dimensions, K clusters, G buckets of rows whose candidates are the same M clusters.
+Shapes: H heads, n rows of D dimensions, K clusters, G buckets of rows whose candidates are the same M clusters. Numbers
+of rows and clusters are int64, as torch wants its indices; where the kernels do the work they may be int32.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ class Buckets(NamedTuple):
     """Which clusters a row is compared with.
 
     Attributes:
-        order: [H, n] int64, the rows bucket by bucket.
-        starts: [H, G + 1] int64, bucket g's rows are order[starts[g] : starts[g + 1]].
-        candidates: [H, G, M] int64, clusters; None is one bucket, for which every cluster is one.
+        order: [H, n], the rows bucket by bucket.
+        starts: [H, G + 1], bucket g's rows are order[starts[g] : starts[g + 1]].
+        candidates: [H, G, M], clusters; None is one bucket, for which every cluster is one.
     """
 
     order: Tensor
@@ -41,14 +42,19 @@ class Centres(NamedTuple):
     sizes: Tensor
 
 
+def places(rows: Tensor) -> torch.dtype:
+    """Of numbers of rows and clusters, where `rows` are: what needs no conversion from step to step."""
+    return torch.int32 if _on_gpu(rows) else torch.int64
+
+
 def nearest(rows: Tensor, squares: Tensor, centres: Centres, buckets: Buckets | None = None) -> Tensor:
-    """Each row's nearest centre among its candidates, [H, n] int64; every centre is one without buckets.
+    """Each row's nearest centre among its candidates, [H, n] of `places`; every centre is one without buckets.
 
     Args:
         rows: [H, n, D].
         squares: [H, n] float32, squared lengths of the rows.
     """
-    labels = torch.zeros(rows.shape[:2], dtype=torch.int64, device=rows.device)
+    labels = torch.zeros(rows.shape[:2], dtype=places(rows), device=rows.device)
     ones = torch.ones_like(centres.squares)
     return _step(rows, squares, labels, centres, ones, None, buckets, 0, 1)
 
@@ -61,16 +67,16 @@ def exchange(rows: Tensor, squares: Tensor, labels: Tensor, centres: Centres, bu
     Rows are judged at once, each as if alone; that every other one stays keeps a cluster's rows from leaving together.
 
     Args:
-        labels: [H, n] int64.
+        labels: [H, n] of `places`.
         buckets: ordered by cluster.
         phase: 0 or 1, which half of the places in `buckets.order` is looked at.
 
     Returns:
-        [H, n] int64, the new labels.
+        [H, n], the new labels.
     """
     sizes = centres.sizes
-    join = torch.where(sizes > 0, sizes / (sizes + 1), 1.0)
-    leave = torch.where(sizes > 1, sizes / (sizes - 1).clamp(min=1), 0.0)
+    join = (sizes / (sizes + 1)).clamp_(min=_NEAR)
+    leave = (sizes / (sizes - 1)).nan_to_num_(posinf=0.0)  # who is alone stays
     return _step(rows, squares, labels.clone(), centres, join, leave, buckets, phase, 2)
 
 
@@ -121,8 +127,8 @@ def run_means(rows: Tensor, order: Tensor | None, offsets: Tensor, weights: Tens
 
     Args:
         rows: [H, n, D].
-        order: [H, n] int64; run k is the rows order[offsets[k] : offsets[k + 1]]. None: they lie in that order.
-        offsets: [H, K + 1] int64.
+        order: [H, n]; run k is the rows order[offsets[k] : offsets[k + 1]]. None: they lie in that order.
+        offsets: [H, K + 1].
         weights: [H, n] float32; 1 each when None.
     """
     if _on_gpu(rows):

@@ -17,10 +17,11 @@ from torch import Tensor
 from squeezed.clustering.steps import Buckets, Centres
 
 # (candidates are listed, heads wider than 128) -> rows and candidates of a tile, warps
+_MEANS = (32, 4)  # rows taken at once, warps
 _BLOCKS = {
-    (False, False): (128, 64, 4),
+    (False, False): (128, 32, 4),
     (False, True): (64, 64, 4),
-    (True, False): (64, 64, 4),
+    (True, False): (128, 32, 8),
     (True, True): (64, 64, 4),
 }
 
@@ -144,7 +145,7 @@ def step(
         assert buckets is not None
         starts, listed = buckets.starts.int().contiguous(), candidates.int().contiguous()
         tiles = -(-n // (stride * block_r)) + groups  # an upper bound: the number itself stays on the device
-        bucket, number = _tiles(buckets.starts, phase, stride, block_r, tiles)
+        bucket, number = _tiles(starts, phase, stride, block_r, tiles)
     _step[(tiles, heads)](
         rows,
         squares,
@@ -174,18 +175,57 @@ def step(
         BLOCK_C=block_c,
         num_warps=warps,
     )
-    return out.long()
+    return out.to(labels.dtype)
+
+
+@triton.jit
+def _list_tiles(
+    starts,
+    tile_bucket,
+    tile_number,
+    groups,
+    tiles,
+    phase,
+    STRIDE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    bucket, head = tl.program_id(0), tl.program_id(1)
+    each = tl.arange(0, GROUPS)
+    start = tl.load(starts + head * (groups + 1) + each, mask=each < groups, other=0)
+    end = tl.load(starts + head * (groups + 1) + each + 1, mask=each < groups, other=0)
+    first = start + (phase + STRIDE - start % STRIDE) % STRIDE
+    active = (tl.maximum(end - first, 0) + STRIDE - 1) // STRIDE
+    counts = (active + BLOCK_R - 1) // BLOCK_R
+    before = tl.sum(tl.where(each < bucket, counts, 0), 0)
+    mine = tl.sum(tl.where(each == bucket, counts, 0), 0)
+    out = head * tiles + before
+    for done in range(0, mine, 64):
+        number = done + tl.arange(0, 64)
+        tl.store(tile_bucket + out + number, tl.zeros([64], tl.int32) + bucket, mask=number < mine)
+        tl.store(tile_number + out + number, number, mask=number < mine)
+    if bucket == groups - 1:  # what is left belongs to nobody
+        for done in range(before + mine, tiles, 64):
+            tile = done + tl.arange(0, 64)
+            tl.store(tile_bucket + head * tiles + tile, tl.zeros([64], tl.int32) + groups, mask=tile < tiles)
 
 
 def _tiles(starts: Tensor, phase: int, stride: int, block: int, tiles: int) -> tuple[Tensor, Tensor]:
     """Bucket of each tile [H, tiles] int32 (the number of buckets where there is none left), and which of its tiles."""
-    first = starts[:, :-1] + (phase - starts[:, :-1]) % stride
-    active = ((starts[:, 1:] - first).clamp(min=0) + stride - 1) // stride
-    ends = ((active + block - 1) // block).cumsum(1)
-    tile = torch.arange(tiles, device=starts.device).expand(starts.shape[0], -1).contiguous()
-    bucket = torch.searchsorted(ends, tile, right=True)
-    begins = torch.nn.functional.pad(ends, (1, 0)).gather(1, bucket)
-    return bucket.int(), (tile - begins).int()
+    heads, groups = starts.shape[0], starts.shape[1] - 1
+    bucket, number = torch.empty(2, heads, tiles, dtype=torch.int32, device=starts.device)
+    _list_tiles[(groups, heads)](
+        starts,
+        bucket,
+        number,
+        groups,
+        tiles,
+        phase,
+        STRIDE=stride,
+        BLOCK_R=block,
+        GROUPS=triton.next_power_of_2(groups),
+    )
+    return bucket, number
 
 
 @triton.jit
@@ -251,8 +291,8 @@ def run_means(rows: Tensor, order: Tensor | None, offsets: Tensor, weights: Tens
         ORDERED=order is not None,
         WEIGHTED=weights is not None,
         DIM=triton.next_power_of_2(dim),
-        BLOCK=32,
-        num_warps=4,
+        BLOCK=_MEANS[0],
+        num_warps=_MEANS[1],
     )
     return means
 
