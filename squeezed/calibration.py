@@ -208,9 +208,10 @@ def _histograms(
     sizes = own.sizes.double()
     everywhere = sizes.unsqueeze(1).expand(-1, len(blocks), -1)
     counts = everywhere.flatten()
+    above = _Coarser(layer, blocks, scale)
     found = []
     for thresholds in coarser:
-        allowed = _allowed(layer, level, blocks, scale, thresholds)
+        allowed = above.allowed(level, thresholds)
         if allowed is None:
             present = everywhere
             denominators = (weights.flatten(1, 2) @ sizes.unsqueeze(-1)).view(weights.shape[:3])
@@ -225,19 +226,31 @@ def _histograms(
     return torch.stack(found)
 
 
-def _allowed(
-    layer: ClusteredKeys, level: int, blocks: Tensor, scale: float, thresholds: tuple[float, ...]
-) -> Tensor | None:
-    """[blocks, kv_heads, clusters] bool, what the coarser levels leave of this one; None if there are none."""
-    allowed: Tensor | None = None
-    for above in reversed(range(level + 1, len(layer.levels))):
-        found = layer.levels[above]
-        scores = reference.score_centroids(
-            blocks, found.centroids, found.sizes, scale, allowed, found.spread, layer.scales
-        )
-        selected = reference.select_clusters(scores, thresholds[above - level - 1])
-        allowed = reference.expand_to_children(selected, found.offsets, layer.levels[above - 1].shape[1])
-    return allowed
+class _Coarser:
+    """What coarser levels leave of a finer one, for many thresholds: scores that several have in common are kept."""
+
+    def __init__(self, layer: ClusteredKeys, blocks: Tensor, scale: float) -> None:
+        self._layer, self._blocks, self._scale = layer, blocks, scale
+        self._scores: dict[tuple[int, tuple[float, ...]], Tensor] = {}
+
+    def allowed(self, level: int, thresholds: tuple[float, ...]) -> Tensor | None:
+        """[blocks, kv_heads, clusters] bool of `level`, by the thresholds of all above it, finest first; None: all."""
+        if not thresholds:
+            return None
+        key = (level + 1, thresholds[1:])
+        found = self._layer.levels[level + 1]
+        if key not in self._scores:
+            self._scores[key] = reference.score_centroids(
+                self._blocks,
+                found.centroids,
+                found.sizes,
+                self._scale,
+                self.allowed(*key),
+                found.spread,
+                self._layer.scales,
+            )
+        selected = reference.select_clusters(self._scores[key], thresholds[0])
+        return reference.expand_to_children(selected, found.offsets, self._layer.levels[level].shape[1])
 
 
 def _quantile(histogram: Tensor, share: float) -> float:
