@@ -11,19 +11,18 @@ from squeezed.query_metric import add_moment, factor
 HEADS, GROUP, TOKENS, DIM = 2, 3, 1200, 16
 
 
-def test_the_factor_gives_the_mean_squared_difference_of_logits() -> None:
+def test_distance_is_the_mean_squared_difference_of_logits_half_of_it_for_queries_of_any_direction() -> None:
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, HEADS * GROUP, 5000, DIM, generator=generator) * torch.linspace(0.1, 3, DIM)
     moment = add_moment(add_moment(None, query[:, :, :2000], HEADS), query[:, :, 2000:], HEADS)
     linear = factor(moment, GROUP * 5000)
     difference = torch.randn(HEADS, 7, DIM, generator=generator)
     grouped = query[0].reshape(HEADS, -1, DIM)
-    felt = (difference @ grouped.transpose(1, 2)).square().mean(-1)
+    felt = (difference @ grouped.transpose(1, 2)).square().mean(-1) / grouped.square().mean(dim=(1, 2)).unsqueeze(-1)
+    of_any_direction = difference.square().sum(-1)
     distance = (difference @ linear).square().sum(-1)
-    ratio = felt / distance
     assert torch.allclose(linear, linear.tril())
-    for head in range(HEADS):  # up to one factor for the head, and the ridge
-        assert float(ratio[head].max() / ratio[head].min()) < 1.1
+    assert torch.allclose(distance, (felt + of_any_direction) / 2, rtol=1e-3)
 
 
 def test_few_queries_leave_distances_nearly_euclidean() -> None:
@@ -34,7 +33,7 @@ def test_few_queries_leave_distances_nearly_euclidean() -> None:
     assert float(squares.max() / squares.min()) < 1.3
 
 
-def test_clusters_ignore_what_no_query_sees() -> None:
+def test_clusters_heed_what_queries_see() -> None:
     generator = torch.Generator().manual_seed(1)
     seen = torch.zeros(DIM)
     seen[:4] = 1
@@ -51,4 +50,12 @@ def test_clusters_ignore_what_no_query_sees() -> None:
         mean = torch.repeat_interleave(level.centroids[0], level.sizes[0].long(), 0)
         return float(((layer.keys[0, : layer.clustered] - mean) * seen).square().mean())
 
-    assert error(linear) < 0.1 * error(None)
+    assert error(linear) < 0.2 * error(None)
+
+
+def test_no_direction_is_lost_because_the_text_never_asks_for_it() -> None:
+    query = torch.randn(1, HEADS * GROUP, 900, DIM, generator=torch.Generator().manual_seed(2))
+    query[..., 3] = 0.0
+    linear = factor(add_moment(None, query, HEADS), GROUP * 900)
+    step = torch.eye(DIM)[3].expand(HEADS, 1, DIM)
+    assert torch.allclose((step @ linear).square().sum(-1), torch.tensor(0.5), rtol=1e-3)
