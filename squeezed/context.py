@@ -268,8 +268,11 @@ class FixedContext:
         Raises:
             InputError: damaged, of another format, or made with another model or tokenizer; says which.
         """
-        from squeezed.artifact import load
+        from squeezed.artifact import load, read_manifest
+        from squeezed.warm_up import warm_up
 
+        if model is not None and model.device.type == "cpu":
+            warm_up(model.dtype, read_manifest(Path(folder)).config)
         context = load(Path(folder), verify)
         if model is not None and tokenizer is not None:
             context.check_belongs_to(model, tokenizer)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from squeezed.cli import app, messages, output
-from squeezed.cli.options import Device, DType, JsonFlag, load
+from squeezed.cli.options import Device, DType, JsonFlag, load, parse_dtype, resolve_device
 
 
 @app.command()
@@ -48,6 +48,7 @@ def ask(
     from squeezed.artifact import read_manifest
     from squeezed.config import check_sparsity
     from squeezed.errors import InputError
+    from squeezed.warm_up import warm_up
 
     if sparsity is not None and error is not None:
         raise InputError("--sparsity and --error exclude each other: an error is reached by choosing the sparsity")
@@ -59,6 +60,8 @@ def ask(
     source = model or manifest.model.get("source")
     if source is None:
         raise InputError(f"{context} does not say where its model is; pass --model")
+    if resolve_device(device) == "cpu":
+        warm_up(parse_dtype(manifest.model["dtype"]), manifest.config)
     fixed = load_context(context, verify)
     if error is not None:
         sparsity = fixed.curves.sparsity_for(error)
