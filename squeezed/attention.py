@@ -149,7 +149,8 @@ def attend_step(
     """Attention of one generated token per question, in fixed shapes and without a word from the device.
 
     Args:
-        query: [B, Hq, 1, D]; the token's key and value were handed to `layer.own`.
+        query: [B, Hq, 1, D]; the token's key and value were handed to `layer.own`, or where `own_beside` says so, all
+            three are rotated and in place already.
         scale: softmax scale.
         rope: None if query and key are rotated already.
 
@@ -157,11 +158,36 @@ def attend_step(
         [B, Hq * D]
     """
     assert layer.own is not None
+    if layer.own.pending is None and isinstance(layer, FixedLayer):
+        return _attend_beside(query, layer, layer.own, scale)
     query, parts = own.attend_own(query, layer.own, scale, rope)
     if isinstance(layer, FixedSlidingLayer):
         return own.join(parts, None, None, layer.own, query)
     output, lse, kept = _attend_once(query, layer, scale)
     return own.join(parts, (output, lse), kept, layer.own, query)
+
+
+def own_beside(q_heads: int, layer: FixedLayer) -> bool:
+    """Whether own tokens can be attended in the launches that attend to the fixed context."""
+    assert layer.own is not None
+    if layer.own.kept is None or not ops.uses_triton(layer.own.keys):
+        return False
+    from squeezed.ops.triton.device import FEW_ROWS
+
+    return q_heads // layer.index.keys.shape[0] <= FEW_ROWS
+
+
+def _attend_beside(query: Tensor, layer: FixedLayer, held: own.OwnTokens, scale: float) -> Tensor:
+    from squeezed.ops.triton import OwnKeys, Tally, attend_with_own
+
+    thresholds = layer.selection.thresholds(query)
+    assert isinstance(thresholds, Tensor)
+    assert held.kept is not None
+    assert held.running is not None
+    keys = OwnKeys(held.keys, held.values, held.lengths)
+    return attend_with_own(
+        query, layer.index, thresholds, layer.window_end, scale, keys, Tally(held.kept, held.running)
+    )
 
 
 def attend_own(

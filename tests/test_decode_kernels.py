@@ -18,7 +18,10 @@ from squeezed.answer import Decoding, ask
 from squeezed.context import FixedContext
 from squeezed.decode import fused, loop, own, own_triton
 from squeezed.decode.linear_triton import Norm, Tiling, gated, project
+from squeezed.decode.qkv_triton import project_rotated
 from squeezed.decode.step import DecodeStep
+from squeezed.ops.triton import OwnKeys, Tally, attend_fixed, attend_with_own
+from tests.ops import cases as layers
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -154,6 +157,74 @@ def test_products_with_norms_biases_and_residuals(
     up = draw(rows, columns)
     both = gated(x, weights[0], up, norm, tiling)
     assert_same(both, silu(weights[0].double() @ normed) * (up.double() @ normed), 2 * tolerance)
+
+
+@on_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])])
+@pytest.mark.parametrize("biased", [False, True])
+def test_queries_and_keys_come_out_rotated_and_in_place(dtype: torch.dtype, biased: bool) -> None:
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=DEVICE).to(dtype)
+
+    columns, dim, q_heads, kv_heads, capacity, length = 96, 16, 4, 2, 7, 3
+    x, norm = draw(columns), Norm(draw(columns).abs() + 0.5, 1e-5)
+    heads = (q_heads, kv_heads, kv_heads)
+    weights = [draw(count * dim, columns) for count in heads]
+    biases = [draw(count * dim) for count in heads] if biased else None
+    angle = torch.rand(capacity, dim, device=DEVICE) * 6
+    rope = own.Rope(angle.cos().to(dtype), angle.sin().to(dtype))
+    lengths = torch.tensor([length], dtype=torch.int32, device=DEVICE)
+    held = own.OwnTokens(draw(1, kv_heads, capacity, dim), draw(1, kv_heads, capacity, dim), lengths)
+    before = [held.keys.clone(), held.values.clone()]
+    query = project_rotated(x, weights, biases, norm, rope, held)
+    wide = x.double()
+    normed = wide * torch.rsqrt(wide.square().mean() + 1e-5) * norm.weight.double()
+    plain = [weight.double() @ normed for weight in weights]
+    if biases:
+        plain = [part + bias.double() for part, bias in zip(plain, biases, strict=True)]
+    q, k, v = (part.view(1, count, 1, dim) for part, count in zip(plain, heads, strict=True))
+    slot = lengths.long()
+    assert_same(query, own.rotated(q.float(), slot, None, rope), 2 * TOLERANCE[dtype])
+    before[0][:, :, length] = own.rotated(k.float(), slot, None, rope)[:, :, 0].to(dtype)
+    before[1][:, :, length] = v[:, :, 0].to(dtype)
+    assert_same(held.keys, before[0], 2 * TOLERANCE[dtype])
+    assert_same(held.values, before[1], 2 * TOLERANCE[dtype])
+    others = torch.arange(capacity) != length
+    assert torch.equal(held.keys[:, :, others], before[0][:, :, others])
+
+
+@on_device
+@pytest.mark.parametrize(
+    "case",
+    [
+        layers.Case(q_heads=4, levels=2, batch=2, seed=1),
+        layers.Case(q_heads=2, clusters=300, largest=3, seed=2, dtype=torch.float16),
+        layers.Case(seed=3, compensate=True, centroid_bits=8, key_bits=8, second_order=True),
+        layers.Case(q_heads=8, seed=4, compensate=True, centroid_bits=8, head_dim=128, dtype=torch.float16),
+    ],
+    ids=range(4),
+)
+def test_own_tokens_beside_the_scoring_are_those_attended_after_it(case: layers.Case) -> None:
+    index, query = layers.make_layer(case, DEVICE), layers.make_query(case, DEVICE)
+    scale = case.head_dim**-0.5
+    thresholds = layers.quantile_thresholds(query, index, scale, 0.3)
+    shape = (case.batch, case.kv_heads, 70, case.head_dim)
+    keys, values = (torch.randn(shape, device=DEVICE).to(case.dtype) for _ in range(2))
+    lengths = torch.tensor([40, 65][: case.batch], dtype=torch.int32, device=DEVICE)
+    total = torch.full((case.levels, case.batch), 3, device=DEVICE)
+    running = torch.ones(1, dtype=torch.int64, device=DEVICE)
+    held = own.OwnTokens(keys, values, lengths, None, total.clone(), running)
+    output, lse, kept = attend_fixed(query, index, thresholds, index.tokens - 2, scale)
+    row = torch.arange(case.batch, device=DEVICE)
+    held.hold(keys[row, :, lengths.long()].unsqueeze(2), values[row, :, lengths.long()].unsqueeze(2))
+    _, parts = _plain(own.attend_own)(query, held, scale, None)
+    expected = _plain(own.join)(parts, (output, lse), kept, held, query)
+    found = attend_with_own(
+        query, index, thresholds, index.tokens - 2, scale, OwnKeys(keys, values, lengths), Tally(total, running)
+    )
+    assert found.dtype == case.dtype
+    assert_same(found, expected, TOLERANCE[case.dtype])
+    assert torch.equal(total, held.kept)
 
 
 @on_device

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from squeezed.attention import attend_step
+from squeezed.attention import attend_step, own_beside
 from squeezed.cache import FixedLayer
 from squeezed.decode.own import Rope
 
@@ -65,15 +65,20 @@ class FusedModel:
             layers: with their `own` buffers in place.
         """
         from squeezed.decode.linear_triton import gated, project
+        from squeezed.decode.qkv_triton import project_rotated
 
         x = self._embedding(token).view(-1)
         for layer, fixed in zip(self._layers, layers, strict=True):
             attention = layer.attention
-            q, k, v = self._split(project(x, layer.qkv, layer.qkv_bias, layer.before_attention))
             assert fixed.own is not None
-            fixed.own.hold(k, v)
             rope = Rope(self._cos, self._sin, *_head_norms(attention))
-            mixed = attend_step(q, fixed, attention.scaling, rope)
+            if rope.query_norm is None and own_beside(q_heads=self._q_heads, layer=fixed):
+                q = project_rotated(x, layer.qkv, layer.qkv_bias, layer.before_attention, rope, fixed.own)
+                mixed = attend_step(q, fixed, attention.scaling)
+            else:
+                q, k, v = self._split(project(x, layer.qkv, layer.qkv_bias, layer.before_attention))
+                fixed.own.hold(k, v)
+                mixed = attend_step(q, fixed, attention.scaling, rope)
             x = project(mixed.view(-1), (layer.o,), residual=x)
             x = project(gated(x, layer.gate, layer.up, layer.before_mlp), (layer.down,), residual=x)
         return project(x, (self._head,), norm=self._norm)[None]

@@ -1,12 +1,16 @@
 """Triton versions of the four operations; `squeezed.ops.reference` defines what they compute."""
 
-from squeezed.ops.triton.chain import attend_fixed
+from squeezed.ops.triton.chain import attend_fixed, attend_with_own
 from squeezed.ops.triton.cost import AttentionShape, dense_is_faster
 from squeezed.ops.triton.merge import merge_attention
+from squeezed.ops.triton.own import OwnKeys, Tally
 
 __all__ = [
     "AttentionShape",
+    "OwnKeys",
+    "Tally",
     "attend_fixed",
+    "attend_with_own",
     "dense_is_faster",
     "merge_attention",
 ]

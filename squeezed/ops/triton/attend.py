@@ -21,11 +21,22 @@ from torch import Tensor
 from squeezed.ops.layout import ChannelScales
 from squeezed.ops.triton import device as dev
 from squeezed.ops.triton.eight_bit import scaled_query
-from squeezed.ops.triton.join import group_of, join_rows, merge_rows, store_result, tiles_of
+from squeezed.ops.triton.join import (
+    Parts,
+    group_of,
+    join_block,
+    join_rows,
+    merge_rows,
+    part_rows,
+    store_result,
+    tiles_of,
+)
+from squeezed.ops.triton.own import Tally
 from squeezed.ops.triton.select import WorkList
 from squeezed.ops.triton.stream import stream, stream_packed_row
 
 LOG2E = 1.4426950408889634
+_JOINED_AT_ONCE = 8192  # numbers of parts that a program holds
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,7 @@ def attend_config(head_dim: int, rows: int, dtype: torch.dtype, keys: int) -> At
         return AttendConfig(min(block_rows, 32), 32, 4, 1, 1, 8 if rows <= dev.FEW_ROWS else 1)
     wide = head_dim * dtype.itemsize // 128
     if rows > dev.FEW_ROWS:
-        if wide <= 2:
+        if wide <= 2 and head_dim <= 128:
             return AttendConfig(block_rows, 64, 8, 3, 2, 1, registers=128)
         return AttendConfig(min(block_rows, 64), 32, 8, 3, 1, 1)
     if wide > 2 or block_rows > 16:
@@ -96,6 +107,7 @@ def _attend(
     FAST: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """PACKED: numbers in a word of keys and values, 4 if they are int8."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -122,7 +134,7 @@ def _attend(
         key_base = keys + head * tokens * (HEAD_DIM // PACKED)
         value_base = values + head * tokens * (HEAD_DIM // PACKED)
         list_base = entries + problem.to(tl.int64) * list_size
-        if PACKED == 4:
+        if BLOCK_R == 1:
             acc, top, weight, shift = stream_packed_row(
                 query + problem.to(tl.int64) * HEAD_DIM, key_scale + head * HEAD_DIM, key_centre + head * HEAD_DIM,
                 key_base, value_base, list_base, tile - head_start, part_stop - head_start, head_count, scale_log2,
@@ -137,7 +149,7 @@ def _attend(
             q, logit_scale, shift = scaled_query(q, key_scale, key_centre, head, scale_log2, HEAD_DIM)
             acc, top, weight = stream(
                 q, key_base, value_base, list_base, tile - head_start, part_stop - head_start, head_count, logit_scale,
-                WIDTH, HEAD_DIM, BLOCK_R, BLOCK_N, STAGES, PRECISION,
+                WIDTH, HEAD_DIM, BLOCK_R, BLOCK_N, STAGES, PRECISION, PACKED, FAST,
             )  # fmt: skip
         acc = acc / weight[:, None]
         # Along the row of tiles group and problem only grow, and one of them grows from part to part: the sum is a slot
@@ -161,6 +173,12 @@ def _join_parts(
     other_out,
     other_lse,
     others,
+    more_out,
+    more_lse,
+    more,
+    kept,
+    tally,
+    running,
     problems,
     kv_heads,
     rows,
@@ -172,11 +190,12 @@ def _join_parts(
     BLOCK_PROBLEMS: tl.constexpr,
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
+    LEVELS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """ROWS rows of a head: join what each group left, and the parts that others made of it.
 
-    Output 0 and log-sum-exp -inf where nothing is attended.
+    Output 0 and log-sum-exp -inf where nothing is attended. What was kept on LEVELS levels is added to `tally`.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -223,30 +242,28 @@ def _join_parts(
             PARTS,
         )
         joined, joined_lse = merge_rows(joined, joined_lse, other, other_part)
+    if more_out is not None:
+        other, other_part = join_rows(
+            more_out,
+            more_lse,
+            problem * more,
+            problem * more + more - 1,
+            part_rows,
+            tl.program_id(0) * ROWS,
+            ROWS,
+            HEAD_DIM,
+            PARTS,
+        )
+        joined, joined_lse = merge_rows(joined, joined_lse, other, other_part)
+    if LEVELS > 0:  # noqa: SIM102
+        if (tl.program_id(0) == 0) & (problem % kv_heads == 0):
+            counts_now = tl.load(running)
+            own = (problem_index >= problem) & (problem_index < problem + kv_heads)
+            for level in tl.static_range(LEVELS):
+                found = tl.load(kept + level * problems + problem_index, mask=own, other=0).to(tl.int64)
+                where_tally = tally + level * (problems // kv_heads) + problem // kv_heads
+                tl.store(where_tally, tl.load(where_tally) + tl.sum(found, axis=0) * counts_now)
     store_result(output, lse_out, joined, joined_lse, problem, row, rows, HEAD_DIM)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Attention over other keys of the same rows, to be joined with the list's.
-
-    Attributes:
-        out: [B * Hk, parts, part_rows, D] float32.
-        lse: [B * Hk, parts, part_rows] float32, base 2, -inf where a part is empty.
-    """
-
-    out: Tensor
-    lse: Tensor
-
-
-def part_rows(rows: int) -> int:
-    """Rows of a part: those of the queries, padded to whole blocks of the joining."""
-    block = _join_block(rows)
-    return triton.cdiv(rows, block) * block
-
-
-def _join_block(rows: int) -> int:
-    return 1 if rows <= dev.FEW_ROWS else 16
 
 
 def attend_list(
@@ -258,6 +275,10 @@ def attend_list(
     config: AttendConfig,
     scales: ChannelScales | None = None,
     others: Parts | None = None,
+    more: Parts | None = None,
+    dtype: torch.dtype = torch.float32,
+    kept: Tensor | None = None,
+    tally: Tally | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Exact softmax attention over the keys that the work list names.
 
@@ -267,19 +288,22 @@ def attend_list(
         work: from `select_clusters`, made with `config.width`.
         scale: softmax scale.
         scales: of keys and values stored in 8 bits.
-        others: attention of the same rows over other keys, joined with it.
+        others, more: attention of the same rows over other keys, joined with it.
+        dtype: of the output.
+        kept, tally: what `select_keys` kept, [levels, B * Hk], and where to add it up.
 
     Returns:
-        output [B, Hk, rows, D] float32 and log-sum-exp [B, Hk, rows] float32; 0 and -inf where nothing is attended.
+        output [B, Hk, rows, D] and log-sum-exp [B, Hk, rows] float32; 0 and -inf where nothing is attended.
     """
     batch, kv_heads, rows, head_dim = query.shape
     problems = batch * kv_heads
     row_blocks = triton.cdiv(rows, config.block_rows)
-    packed = config.block_rows == 1
+    # Words of four spill registers where there are many rows.
+    packed = keys.dtype == torch.int8 and rows <= dev.FEW_ROWS
     groups = max(1, dev.multiprocessors(query.device) * config.programs_per_multiprocessor // row_blocks)
-    join_block, padded = _join_block(rows), part_rows(rows)
+    joined_rows, padded = join_block(rows), part_rows(rows)
     empty = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
-    output, lse = empty(batch, kv_heads, rows, head_dim), empty(batch, kv_heads, rows)
+    output, lse = empty(batch, kv_heads, rows, head_dim, dtype=dtype), empty(batch, kv_heads, rows)
     part_out, part_lse = (
         empty(groups + problems, padded, head_dim),
         empty(groups + problems, padded),
@@ -319,7 +343,7 @@ def attend_list(
         **launch,
         **({"maxnreg": config.registers} if config.registers else {}),
     )
-    _join_parts[(triton.cdiv(rows, join_block), problems)](
+    _join_parts[(triton.cdiv(rows, joined_rows), problems)](
         *(scales[2:] if scales else (None, None)),
         work.counts,
         output,
@@ -329,13 +353,20 @@ def attend_list(
         others.out if others else None,
         others.lse if others else None,
         others.lse.shape[1] if others else 0,
+        more.out if more else None,
+        more.lse if more else None,
+        more.lse.shape[1] if more else 0,
+        kept if tally else None,
+        tally.total if tally else None,
+        tally.running if tally else None,
         problems,
         kv_heads,
         rows,
         padded,
         groups,
-        ROWS=join_block,
-        PARTS=max(1, 8192 // (head_dim * join_block)),
+        ROWS=joined_rows,
+        PARTS=max(1, _JOINED_AT_ONCE // (head_dim * joined_rows)),
+        LEVELS=tally.total.shape[0] if tally else 0,
         **tiling,
         **launch,
     )

@@ -6,16 +6,22 @@ CUDA graph; the thresholds are read from device memory, so they may change betwe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from squeezed.ops.layout import ChannelScales, ClusteredKeys, ClusterLevel
 from squeezed.ops.triton import device as dev
 from squeezed.ops.triton.attend import AttendConfig, attend_config, attend_list
+from squeezed.ops.triton.join import Parts
+from squeezed.ops.triton.own import OwnKeys, Tally
 from squeezed.ops.triton.score import Scores, score_few_rows
 from squeezed.ops.triton.score_many import score_many_rows
 from squeezed.ops.triton.select import WorkList, chunks_of, select_clusters
 from squeezed.ops.triton.stand_in import LeftOut, attend_left_out
+
+_MOST_PREFETCHED = 640 * 2**20  # bytes of all keys and values
 
 
 def select_keys(
@@ -32,6 +38,9 @@ def select_keys(
     spreads: list[Tensor] | None = None,
     kept: Tensor | None = None,
     centroid_values: list[Tensor] | None = None,
+    own: OwnKeys | None = None,
+    own_parts: Parts | None = None,
+    read_next: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[WorkList, list[LeftOut]]:
     """Score and select level by level, coarsest first.
 
@@ -46,6 +55,8 @@ def select_keys(
         spreads: `ClusterLevel.spread` of each level, for second-order scores.
         kept: [levels, B * Hk] int32 to write what each level selects to.
         centroid_values: of each level, if they are to stand in for what is left out.
+        own, own_parts: own tokens for the first launch to attend to as well, and where to; few rows only.
+        read_next: keys and values, if the selection is to ask the cache for them.
 
     Returns:
         the list of keys, and each level's left-out clusters, coarsest first; none without `centroid_values`.
@@ -58,10 +69,11 @@ def select_keys(
     for level in reversed(range(len(centroids))):
         ids, id_counts = (work.entries, work.counts) if work else (None, None)
         capacity = centroids[level].shape[1] if ids is None else ids.shape[1]
-        status_words = problems * chunks_of(capacity, ids is not None)
+        status_words = problems * chunks_of(capacity, ids is not None, rows > dev.FEW_ROWS)
         spread = spreads[level] if spreads else None
+        beside = (own, own_parts) if own is not None and work is None else ()
         scores: Scores = score(
-            query, centroids[level], sizes[level], scale, status_words, ids, id_counts, scales, spread
+            query, centroids[level], sizes[level], scale, status_words, ids, id_counts, scales, spread, *beside
         )
         finest = level == 0
         work = select_clusters(
@@ -76,10 +88,10 @@ def select_keys(
             ids,
             id_counts,
             None if kept is None else kept[level],
-            flag=bool(centroid_values),
+            sizes[level] if centroid_values else None,
+            read_next if finest else None,
         )
         if centroid_values:
-            assert work.left_out is not None
             left_out.append(
                 LeftOut(
                     work.left_out,
@@ -94,6 +106,11 @@ def select_keys(
             )
     assert work is not None
     return work, left_out
+
+
+def prefetches(keys: Tensor, rows: int) -> bool:
+    """Whether a tenth of the keys and values, [Hk, N, D], fits the L2 cache, and a cache is what they wait for."""
+    return rows <= dev.FEW_ROWS and dev.has_dependent_launch(keys.device) and 2 * keys.nbytes <= _MOST_PREFETCHED
 
 
 @torch.library.custom_op("squeezed::attend_fixed", mutates_args=())
@@ -114,6 +131,34 @@ def _attend_fixed(
     window_rows: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, q_heads, queries, head_dim = query.shape
+    output, lse, kept = _attend(
+        query, None, None, keys, values, centroids, sizes, offsets, clustered, log_thresholds, window_end, scale,
+        scales, spreads, centroid_values, window_rows,
+    )  # fmt: skip
+    shape = (batch, q_heads, queries)
+    return output.reshape(*shape, head_dim), lse.reshape(shape), kept.reshape(-1, batch, keys.shape[0])
+
+
+def _attend(
+    query: Tensor,
+    own: OwnKeys | None,
+    tally: Tally | None,
+    keys: Tensor,
+    values: Tensor,
+    centroids: list[Tensor],
+    sizes: list[Tensor],
+    offsets: list[Tensor],
+    clustered: int,
+    log_thresholds: Tensor,
+    window_end: int,
+    scale: float,
+    scales: list[Tensor],
+    spreads: list[Tensor],
+    centroid_values: list[Tensor],
+    window_rows: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output and lse [B, Hk, rows, ...] and kept [levels, B * Hk]; the output of the query's dtype with own tokens."""
+    batch, q_heads, queries, head_dim = query.shape
     dev.check_head_dim(head_dim)
     kv_heads = keys.shape[0]
     rows = q_heads // kv_heads * queries
@@ -122,6 +167,7 @@ def _attend_fixed(
     channel_scales = ChannelScales(*scales) if scales else None
     kept = torch.empty(len(centroids), batch * kv_heads, dtype=torch.int32, device=query.device)
     window = (window_rows[0], window_rows[1]) if window_rows else None
+    own_parts = None if own is None else Parts.empty(batch * kv_heads, own.parts, rows, head_dim, query.device)
     work, left_out = select_keys(
         grouped,
         centroids,
@@ -136,13 +182,26 @@ def _attend_fixed(
         spreads,
         kept,
         centroid_values,
+        own,
+        own_parts,
+        (keys, values) if prefetches(keys, rows) else None,
     )
     others = attend_left_out(grouped, left_out, window, window_end - clustered, scale, channel_scales)
     output, lse = attend_list(
-        grouped, keys, values, work, scale, config, channel_scales if keys.dtype == torch.int8 else None, others
+        grouped,
+        keys,
+        values,
+        work,
+        scale,
+        config,
+        channel_scales if keys.dtype == torch.int8 else None,
+        others,
+        own_parts,
+        torch.float32 if own is None else query.dtype,
+        kept,
+        tally,
     )
-    shape = (batch, q_heads, queries)
-    return output.reshape(*shape, head_dim), lse.reshape(shape), kept.reshape(-1, batch, kv_heads)
+    return output, lse, kept
 
 
 @_attend_fixed.register_fake
@@ -191,11 +250,32 @@ def attend_fixed(
         [levels, B, Hk] int32, finest first: the clustered keys attended, and of each coarser level how many clusters of
         the next finer one it left to look at.
     """
+    return torch.ops.squeezed.attend_fixed(query, *_arguments(layer, log_thresholds, window_end, scale))
+
+
+def attend_with_own(
+    query: Tensor,
+    layer: ClusteredKeys,
+    log_thresholds: Tensor,
+    window_end: int,
+    scale: float,
+    own: OwnKeys,
+    tally: Tally | None,
+) -> Tensor:
+    """A decode step's whole attention, to the fixed context and to the own tokens: [B, Hq * D] of the query's dtype.
+
+    Arguments as `attend_fixed`; query [B, Hq, 1, D] with at most `device.FEW_ROWS` heads per KV head.
+    """
+    output, _, _ = _attend(query, own, tally, *_arguments(layer, log_thresholds, window_end, scale))
+    return output.reshape(query.shape[0], -1)
+
+
+def _arguments(layer: ClusteredKeys, log_thresholds: Tensor, window_end: int, scale: float) -> tuple[Any, ...]:
+    """What the operator takes after the query."""
     spreads: list[Tensor] = []
     if any(level.spread is not None for level in layer.levels):
         spreads = [_spread_or_zero(level) for level in layer.levels]
-    return torch.ops.squeezed.attend_fixed(
-        query,
+    return (
         layer.keys,
         layer.values,
         [level.centroids for level in layer.levels],

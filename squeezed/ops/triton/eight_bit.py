@@ -51,6 +51,41 @@ def unpack(word, FAST: tl.constexpr):
 
 
 @triton.jit
+def unpack_rows(words, FAST: tl.constexpr):
+    """Rows of int8, given as int32 [N, W], as float16 [N, 4 W] for the matrix units.
+
+    Read as bytes, each would reach the matrix layout by a load of its own. The biased byte is placed in the mantissa of
+    1024, two at a time.
+    """
+    if FAST:
+        a, b, c, d = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 biased, low, high, offset;
+            mov.b32 offset, 0x64806480;
+            xor.b32 biased, $4, 0x80808080;
+            prmt.b32 low, biased, 0x64646464, 0x4140;
+            prmt.b32 high, biased, 0x64646464, 0x4342;
+            sub.f16x2 low, low, offset;
+            sub.f16x2 high, high, offset;
+            mov.b32 {$0, $1}, low;
+            mov.b32 {$2, $3}, high;
+            }""",
+            "=h,=h,=h,=h,r",
+            [words],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        a, b, c, d = unpack(words, FAST)
+        a = a.to(tl.float16)
+        b = b.to(tl.float16)
+        c = c.to(tl.float16)
+        d = d.to(tl.float16)
+    return tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+
+
+@triton.jit
 def packed_query(query, key_scale, key_centre, HEAD_DIM: tl.constexpr):
     """One query row, scaled for packed keys: channels 4 w + i for i = 0..3, [HEAD_DIM / 4] each; shift and |q|^2."""
     word = tl.arange(0, HEAD_DIM // 4) * 4

@@ -4,10 +4,49 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from squeezed.ops.triton import device as dev
 
 LN2 = tl.constexpr(0.6931471805599453)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Attention over some keys of every row, to be joined with that over others.
+
+    Attributes:
+        out: [B * Hk, parts, part_rows, D] float32.
+        lse: [B * Hk, parts, part_rows] float32, base 2, -inf where a part is empty.
+    """
+
+    out: Tensor
+    lse: Tensor
+
+    @classmethod
+    def empty(cls, problems: int, count: int, rows: int, head_dim: int, device: torch.device) -> Parts:
+        """Room for `count` parts of each question and KV head, for `rows` query rows."""
+        padded = part_rows(rows)
+        return cls(
+            torch.empty(problems, count, padded, head_dim, dtype=torch.float32, device=device),
+            torch.empty(problems, count, padded, dtype=torch.float32, device=device),
+        )
+
+
+def part_rows(rows: int) -> int:
+    """Rows of a part: those of the queries, padded to whole blocks of the joining."""
+    block = join_block(rows)
+    return triton.cdiv(rows, block) * block
+
+
+def join_block(rows: int) -> int:
+    """Rows that a program joins."""
+    return 1 if rows <= dev.FEW_ROWS else 16
 
 
 @triton.jit

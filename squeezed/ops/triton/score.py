@@ -17,7 +17,9 @@ from torch import Tensor
 
 from squeezed.ops.layout import ChannelScales
 from squeezed.ops.triton import device as dev
-from squeezed.ops.triton.eight_bit import packed_logits, packed_query, scaled_query
+from squeezed.ops.triton.eight_bit import packed_logits, packed_query, scaled_query, unpack_rows
+from squeezed.ops.triton.join import Parts
+from squeezed.ops.triton.own import OwnKeys, attend_own_part
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ def _score_few_rows(
     part_max,
     part_sum,
     sync,
+    own_keys,
+    own_values,
+    own_lengths,
+    own_out,
+    own_lse,
     sync_words,
     scale,
     kv_heads,
@@ -65,6 +72,9 @@ def _score_few_rows(
     clusters,
     capacity,
     splits,
+    own_parts,
+    own_rows,
+    own_capacity,
     HAS_IDS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -72,12 +82,24 @@ def _score_few_rows(
     TILES: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    PACKED: tl.constexpr,
     FAST: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """PACKED: centroids are int8, four to an int32. Programs after the `splits` that score attend to own tokens."""
     split = tl.program_id(0)
     problem = tl.program_id(1)
     head = problem % kv_heads
+    WORDS: tl.constexpr = HEAD_DIM // 4 if PACKED else HEAD_DIM
+    word = tl.arange(0, WORDS)
+    begin = split * (BLOCK_C * TILES)
+    base = centroids + head.to(tl.int64) * clusters * WORDS
+    # Centroids are no earlier kernel's result: the only tile of a program is asked for before it waits for its query.
+    EARLY: tl.constexpr = TILES == 1 and not HAS_IDS
+    if EARLY:
+        only = begin + tl.arange(0, BLOCK_C)
+        only_c = tl.load(base + only[:, None] * WORDS + word[None, :], mask=(only < clusters)[:, None], other=0)
+        only_size = tl.load(sizes + head * clusters + only, mask=only < clusters, other=0)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -88,14 +110,10 @@ def _score_few_rows(
         count = tl.load(id_counts + problem)
     row = tl.arange(0, BLOCK_R)
     dim = tl.arange(0, HEAD_DIM)
-    WORDS: tl.constexpr = HEAD_DIM // 4 if BLOCK_R == 1 else HEAD_DIM
-    word = tl.arange(0, WORDS)
     row_mask = row < rows
-    begin = split * (BLOCK_C * TILES)
     running_max = tl.full([BLOCK_R], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_R], tl.float32)
     if begin < count:
-        base = centroids + head.to(tl.int64) * clusters * WORDS
         if BLOCK_R == 1:
             row_scale = key_scale + head * HEAD_DIM
             row_mean = key_centre + head * HEAD_DIM
@@ -117,11 +135,17 @@ def _score_few_rows(
             cluster = index
             if HAS_IDS:
                 cluster = tl.load(ids + problem.to(tl.int64) * capacity + index, mask=inside, other=0)
-            c = tl.load(base + cluster[:, None] * WORDS + word[None, :], mask=inside[:, None], other=0)
-            size = tl.load(sizes + head * clusters + cluster, mask=inside, other=0)
+            if EARLY:
+                c = only_c
+                size = only_size
+            else:
+                c = tl.load(base + cluster[:, None] * WORDS + word[None, :], mask=inside[:, None], other=0)
+                size = tl.load(sizes + head * clusters + cluster, mask=inside, other=0)
             if BLOCK_R == 1:
                 scores = packed_logits(c, q0, q1, q2, q3, FAST)[None, :] * scale
             else:
+                if PACKED:
+                    c = unpack_rows(c, FAST)
                 scores = tl.dot(q, tl.trans(c.to(q.dtype)), input_precision=PRECISION) * logit_scale
             if spread is not None:
                 variance = tl.load(spread + head * clusters + cluster, mask=inside, other=0.0)
@@ -138,9 +162,31 @@ def _score_few_rows(
             running_sum = running_sum * tl.exp(running_max - safe_max)
             running_sum += tl.sum(tl.exp(weighted - safe_max[:, None]), axis=1)
             running_max = new_max
+    scores_here = row_mask & (split + row * 0 < splits)
     part = (problem * rows + row) * splits + split
-    tl.store(part_max + part, running_max, mask=row_mask)
-    tl.store(part_sum + part, running_sum, mask=row_mask)
+    tl.store(part_max + part, running_max, mask=scores_here)
+    tl.store(part_sum + part, running_sum, mask=scores_here)
+    if own_keys is not None:  # noqa: SIM102
+        if split >= splits:
+            attend_own_part(
+                query,
+                own_keys,
+                own_values,
+                own_lengths,
+                own_out,
+                own_lse,
+                split - splits,
+                own_parts,
+                problem,
+                kv_heads,
+                rows,
+                own_rows,
+                own_capacity,
+                scale * 1.4426950408889634,
+                HEAD_DIM,
+                16 if BLOCK_R == 1 else BLOCK_R,
+                PRECISION,
+            )
 
 
 def score_few_rows(
@@ -153,6 +199,8 @@ def score_few_rows(
     id_counts: Tensor | None = None,
     scales: ChannelScales | None = None,
     spread: Tensor | None = None,
+    own: OwnKeys | None = None,
+    own_parts: Parts | None = None,
     *,
     block: int | None = None,
     tiles: int | None = None,
@@ -170,6 +218,7 @@ def score_few_rows(
         ids, id_counts: [B * Hk, capacity] and [B * Hk] int32, the clusters a coarser level left.
         scales: of centroids stored in 8 bits.
         spread: [Hk, K] float32, mean variance of each cluster's keys, for second-order scores.
+        own, own_parts: own tokens to attend to beside, and where to.
     """
     batch, kv_heads, rows, head_dim = query.shape
     clusters = centroids.shape[1]
@@ -180,14 +229,15 @@ def score_few_rows(
     few_tiles = problems * triton.cdiv(capacity, block) < 3 * dev.multiprocessors(query.device)
     tiles = tiles or (1 if few_tiles else 2)
     stages = stages or (1 if few_tiles else 2)
-    block_rows = 1 if rows == 1 and scales is not None else dev.padded_rows(rows)
+    packed = scales is not None
+    block_rows = 1 if rows == 1 and packed else dev.padded_rows(rows)
     splits = triton.cdiv(capacity, block * tiles)
     logits = torch.empty(problems, rows, capacity, dtype=torch.float32, device=query.device)
     part_max, part_sum = torch.empty(2, problems, rows, splits, dtype=torch.float32, device=query.device)
     sync = torch.empty(sync_words, dtype=torch.int64, device=query.device)
-    _score_few_rows[(splits, problems)](
+    _score_few_rows[(splits + (own.parts if own else 0), problems)](
         query,
-        centroids.view(torch.int32) if block_rows == 1 else centroids,
+        centroids.view(torch.int32) if packed else centroids,
         scales.key_scale if scales else None,
         scales.key_centre if scales else None,
         sizes,
@@ -198,6 +248,11 @@ def score_few_rows(
         part_max,
         part_sum,
         sync,
+        own.keys if own else None,
+        own.values if own else None,
+        own.lengths if own else None,
+        own_parts.out if own_parts else None,
+        own_parts.lse if own_parts else None,
         sync_words,
         scale,
         kv_heads,
@@ -205,6 +260,9 @@ def score_few_rows(
         clusters,
         capacity,
         splits,
+        own.parts if own else 0,
+        own_parts.lse.shape[2] if own_parts else 0,
+        own.keys.shape[2] if own else 0,
         HAS_IDS=ids is not None,
         HEAD_DIM=head_dim,
         BLOCK_R=block_rows,
@@ -212,6 +270,7 @@ def score_few_rows(
         TILES=tiles,
         STAGES=stages,
         PRECISION=dev.dot_precision(query.dtype),
+        PACKED=packed,
         FAST=not dev.INTERPRETED,
         PDL=dev.has_dependent_launch(query.device),
         num_warps=warps,

@@ -22,6 +22,9 @@ from torch import Tensor
 from squeezed.ops.triton import device as dev
 from squeezed.ops.triton.score import Scores
 
+_SLOTS = 512  # entries that a program writes at a time
+_PREFETCHED = 40 * 2**20  # bytes, of an L2 cache of 50 MB
+
 
 @dataclass(frozen=True)
 class WorkList:
@@ -33,7 +36,7 @@ class WorkList:
         kept: [B * Hk] int32, children in selected clusters (the window not counted).
         width: children per entry at most.
         left_out: [B * Hk, capacity of the scores] uint8, 1 for clusters that are not selected (in the scores' order);
-            None unless asked for.
+            None unless asked for, and for logits of few rows, which tell it themselves.
     """
 
     entries: Tensor
@@ -43,22 +46,41 @@ class WorkList:
     left_out: Tensor | None = None
 
 
-def chunk_size(capacity: int, listed: bool) -> int:
+def chunk_size(capacity: int, listed: bool, many: bool) -> int:
     """Clusters per program: enough programs to fill the machine, few enough that they need not wait for one another.
 
     Where a coarser level leaves a list of clusters (`listed`), each is one more read away: smaller pieces hide that.
+    For `many` rows every key is an entry: programs with much to write would keep the others waiting.
     """
-    return 256 if capacity <= 16384 or listed else 1024
+    return 256 if capacity <= 16384 or listed or many else 1024
 
 
-def chunks_of(capacity: int, listed: bool) -> int:
+def chunks_of(capacity: int, listed: bool, many: bool) -> int:
     """Programs per head, each with a status word."""
-    return triton.cdiv(capacity, chunk_size(capacity, listed))
+    return triton.cdiv(capacity, chunk_size(capacity, listed, many))
 
 
 def list_capacity(children: int, clusters: int, window: int, width: int) -> int:
     """Entries that a head can need at most: every cluster may end in one incomplete run."""
     return (children + (width - 1) * clusters) // width + triton.cdiv(window, width)
+
+
+@triton.jit
+def _prefetch(rows, count, ROW_BYTES: tl.constexpr):
+    """Ask the L2 cache for `count` rows from each of the pointers `rows` on; nothing waits for them."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred wanted;
+        setp.gt.s32 wanted, $2, 0;
+        @wanted cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.b32 $0, 0;
+        }""",
+        "=r,l,r",
+        [rows.to(tl.int64), count * ROW_BYTES],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -74,6 +96,9 @@ def _select(
     counts,
     kept,
     left_out,
+    sizes,
+    keys,
+    values,
     status,
     level,
     kv_heads,
@@ -85,8 +110,11 @@ def _select(
     list_size,
     window_start,
     window_end,
+    tokens,
+    prefetched,
     HAS_IDS: tl.constexpr,
     NORMALISED: tl.constexpr,
+    MARK: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
@@ -94,6 +122,7 @@ def _select(
     CHUNK_SIZE: tl.constexpr,
     LOG_CHUNK: tl.constexpr,
     SLOTS: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     chunk = tl.program_id(0)
@@ -120,11 +149,10 @@ def _select(
             cluster = tl.load(ids + problem.to(tl.int64) * capacity + index, mask=inside, other=0)
             first = tl.load(offset_base + cluster, mask=inside, other=0)
             end = tl.load(offset_base + cluster + 1, mask=inside, other=0)
-        score = tl.load(
-            logits + (problem.to(tl.int64) * rows + row[:, None]) * capacity + index[None, :],
-            mask=(row < rows)[:, None] & inside[None, :],
-            other=float("-inf"),
-        )
+        where_logit = logits + (problem.to(tl.int64) * rows + row[:, None]) * capacity + index[None, :]
+        logit_mask = (row < rows)[:, None] & inside[None, :]
+        score = tl.load(where_logit, mask=logit_mask, other=float("-inf"))
+        logit = score
         if not NORMALISED:
             piece = tl.arange(0, BLOCK_SPLITS)
             where_part = (problem * rows + row[:, None]) * splits + piece[None, :]
@@ -142,6 +170,18 @@ def _select(
             peak = safe_peak + tl.log(mean)
 
         size = tl.where(peak > threshold, end - first, 0)
+        if MARK:
+            passed_over = (end > first) & (peak <= threshold)
+            member = index
+            if HAS_IDS:
+                member = cluster
+            keys = tl.load(sizes + head * clusters + member, mask=inside, other=1)
+            log_size = tl.log(tl.maximum(keys, 1).to(tl.float32))
+            tl.store(
+                where_logit,
+                tl.where(passed_over[None, :], logit + log_size[None, :], float("-inf")),
+                mask=logit_mask,
+            )
         if left_out is not None:
             passed_over = (end > first) & (peak <= threshold)
             tl.store(left_out + problem.to(tl.int64) * capacity + index, passed_over.to(tl.uint8), mask=inside)
@@ -150,6 +190,16 @@ def _select(
         begins = ends - runs
         chunk_runs = tl.sum(runs, axis=0)
         chunk_children = tl.sum(size, axis=0)
+        if ROW_BYTES > 0:
+            # Gathered, every cluster is one thread's; out of a maximum over rows it comes as several threads'.
+            early = tl.where(tl.cumsum(size, axis=0) <= prefetched, size, 0)
+            early = tl.gather(early, tl.arange(0, CHUNK_SIZE), 0)
+            begin = tl.gather(first, tl.arange(0, CHUNK_SIZE), 0)
+            place = (head.to(tl.int64) * tokens + begin) * (
+                ROW_BYTES // (keys.dtype.element_ty.primitive_bitwidth // 8)
+            )
+            _prefetch(keys + place, early, ROW_BYTES)
+            _prefetch(values + place, early, ROW_BYTES)
 
         done = tl.full([], 1, tl.int64) << 62
         low = (tl.full([], 1, tl.int64) << 31) - 1
@@ -200,9 +250,10 @@ def select_clusters(
     ids: Tensor | None = None,
     id_counts: Tensor | None = None,
     kept: Tensor | None = None,
-    flag: bool = False,
+    sizes: Tensor | None = None,
+    read_next: tuple[Tensor, Tensor] | None = None,
     *,
-    slots: int = 512,
+    slots: int | None = None,
     warps: int = 4,
 ) -> WorkList:
     """The children of every cluster whose score is above the level's threshold, then the window.
@@ -217,16 +268,24 @@ def select_clusters(
         width: children per entry, at most 8.
         ids, id_counts: as given to the scoring of this level.
         kept: [B * Hk] int32 to write the number of selected children to; by default a new one.
-        flag: also tell which clusters are left out.
+        sizes: [Hk, K] int32, keys of each cluster, to also tell which clusters are left out. With few rows the logits
+            do, which become those of what stands in for a cluster's keys: its log size is added, and they are -inf for
+            selected clusters. With many, `left_out` does.
+        read_next: keys and values [Hk, N, D] that the list names, if they are few enough for the L2 cache to be asked
+            for them here and now.
     """
     problems, rows, capacity = scores.logits.shape
     kv_heads, clusters = offsets.shape[0], offsets.shape[1] - 1
+    normalised = scores.part_max is None
     splits = 1 if scores.part_max is None else scores.part_max.shape[2]
-    chunks = chunks_of(capacity, ids is not None)
+    row_bytes = read_next[0].shape[2] * read_next[0].element_size() if read_next else 0
+    chunks = chunks_of(capacity, ids is not None, normalised)
+    chunk = chunk_size(capacity, ids is not None, normalised)
     list_size = list_capacity(children, clusters, window[1] - window[0], width)
     entries = torch.empty(problems, list_size, dtype=torch.int32, device=offsets.device)
     counts = torch.empty(problems, dtype=torch.int32, device=offsets.device)
     kept = torch.empty_like(counts) if kept is None else kept
+    mark, flag = sizes is not None and not normalised, sizes is not None and normalised
     left_out = torch.empty(problems, capacity, dtype=torch.uint8, device=offsets.device) if flag else None
     _select[(chunks, problems)](
         scores.logits,
@@ -240,6 +299,8 @@ def select_clusters(
         counts,
         kept,
         left_out,
+        sizes if mark else None,
+        *(read_next or (None, None)),
         status,
         level,
         kv_heads,
@@ -251,15 +312,19 @@ def select_clusters(
         list_size,
         window[0],
         window[1],
+        read_next[0].shape[1] if read_next else 0,
+        _PREFETCHED // (2 * row_bytes * chunks * problems) if row_bytes else 0,
         HAS_IDS=ids is not None,
-        NORMALISED=scores.part_max is None,
+        NORMALISED=normalised,
+        MARK=mark,
         WIDTH=width,
         BLOCK_R=triton.next_power_of_2(rows),
         BLOCK_SPLITS=triton.next_power_of_2(splits),
         BLOCK_CHUNKS=triton.next_power_of_2(chunks),
-        CHUNK_SIZE=chunk_size(capacity, ids is not None),
-        LOG_CHUNK=chunk_size(capacity, ids is not None).bit_length() - 1,
-        SLOTS=slots,
+        CHUNK_SIZE=chunk,
+        LOG_CHUNK=chunk.bit_length() - 1,
+        SLOTS=slots or _SLOTS,
+        ROW_BYTES=row_bytes,
         PDL=dev.has_dependent_launch(offsets.device),
         num_warps=warps * (1 if rows <= 4 else 2),
         **dev.launch_options(offsets.device),

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from squeezed.ops.layout import ChannelScales
 from squeezed.ops.triton import device as dev
-from squeezed.ops.triton.attend import Parts, part_rows
-from squeezed.ops.triton.eight_bit import scaled_query
+from squeezed.ops.triton.eight_bit import scaled_query, unpack_rows
+from squeezed.ops.triton.join import Parts, part_rows
 from squeezed.ops.triton.score import Scores
 
 
@@ -27,15 +27,16 @@ class LeftOut:
     """The clusters that one level leaves out.
 
     Attributes:
-        flags: [B * Hk, capacity] uint8, of the level's clusters or of those in `ids`.
-        scores: of this level, in the same order.
+        flags: [B * Hk, capacity] uint8, of the level's clusters or of those in `ids`; None for few rows.
+        scores: of this level, in the same order; for few rows, the logits as `select_clusters` left them: each with its
+            cluster's log size, -inf for what is selected.
         centroids, values: [Hk, K, D].
         sizes: [Hk, K] int32.
         spread: [Hk, K] float32 or None, as the scores had it.
         ids, id_counts: [B * Hk, capacity] and [B * Hk] int32, the clusters that a coarser level left; or None.
     """
 
-    flags: Tensor
+    flags: Tensor | None
     scores: Scores
     centroids: Tensor
     values: Tensor
@@ -43,6 +44,28 @@ class LeftOut:
     spread: Tensor | None
     ids: Tensor | None
     id_counts: Tensor | None
+
+    @property
+    def capacity(self) -> int:
+        return self.scores.logits.shape[2]
+
+
+@dataclass(frozen=True)
+class StandInConfig:
+    """How a launch is cut up; tests and benchmarks may put another in the place of `stand_in_config`."""
+
+    block: int
+    stages: int
+    programs_per_multiprocessor: int
+    warps: int
+
+
+def stand_in_config(head_dim: int, block_rows: int, query_bytes: int) -> StandInConfig:
+    """By the bytes of a row: as many clusters a tile as leave room to load some tiles ahead."""
+    warps = 8 if block_rows > 32 else 4
+    if dev.INTERPRETED:
+        return StandInConfig(32, 1, 3, warps)
+    return StandInConfig(32 if head_dim * query_bytes > 256 else 64, 3, 3, warps)
 
 
 @triton.jit
@@ -92,6 +115,8 @@ def _stand_in(
     first_part,
     HAS_IDS: tl.constexpr,
     STORED: tl.constexpr,
+    PACKED: tl.constexpr,
+    FAST: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -99,7 +124,10 @@ def _stand_in(
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """STORED: the scores' logits are there; else they are computed again from the centroids."""
+    """STORED: the selection left the logits of what stands in; else they are computed again from the centroids.
+
+    PACKED: centroids and values are int8, four to an int32.
+    """
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -119,7 +147,8 @@ def _stand_in(
     full = q.to(tl.float32)
     # What second-order scores add to a logit is no part of attention.
     stretch = tl.sum(full * full, axis=1) * (0.5 * scale * scale)
-    dtype: tl.constexpr = query.dtype.element_ty
+    # Numbers in 8 bits are exact in float16.
+    dtype: tl.constexpr = tl.float16 if PACKED and query.dtype.element_ty == tl.bfloat16 else query.dtype.element_ty
     scaled, logit_scale, shift = scaled_query(q, key_scale, key_centre, head, scale * log2e, HEAD_DIM)
     count = clusters
     if HAS_IDS:
@@ -127,7 +156,9 @@ def _stand_in(
     piece = tl.cdiv(tl.cdiv(count, BLOCK_C), tl.num_programs(1)) * BLOCK_C
     start = split * piece
     stop = tl.minimum(start + piece, count)
-    base = head.to(tl.int64) * clusters * HEAD_DIM
+    WORDS: tl.constexpr = HEAD_DIM // 4 if PACKED else HEAD_DIM
+    word = tl.arange(0, WORDS)
+    base = head.to(tl.int64) * clusters * WORDS
     list_base = problem.to(tl.int64) * capacity
     top = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
@@ -135,28 +166,32 @@ def _stand_in(
     for begin in tl.range(start, stop, BLOCK_C, num_stages=STAGES):
         index = begin + tl.arange(0, BLOCK_C)
         inside = index < stop
-        stands_in = tl.load(flags + list_base + index, mask=inside, other=0) != 0
         cluster = index
         if HAS_IDS:
             cluster = tl.load(ids + list_base + index, mask=inside, other=0)
-        address = base + cluster[:, None] * HEAD_DIM + dim[None, :]
-        size = tl.load(sizes + head * clusters + cluster, mask=inside, other=1)
+        address = base + cluster[:, None] * WORDS + word[None, :]
         if STORED:
             x = tl.load(
                 logits + (problem.to(tl.int64) * rows + row[:, None]) * capacity + index[None, :],
                 mask=row_mask[:, None] & inside[None, :],
-                other=0.0,
+                other=float("-inf"),
             )
             if spread is not None:
                 variance = tl.load(spread + head * clusters + cluster, mask=inside, other=0.0)
                 x -= stretch[:, None] * variance[None, :]
-            x = x * log2e
+            x = x * log2e + shift[:, None]
         else:
+            stands_in = tl.load(flags + list_base + index, mask=inside, other=0) != 0
+            size = tl.load(sizes + head * clusters + cluster, mask=inside, other=1)
             c = tl.load(centroids + address, mask=inside[:, None], other=0)
+            if PACKED:
+                c = unpack_rows(c, FAST)
             x = tl.dot(scaled, tl.trans(c.to(scaled.dtype)), input_precision=PRECISION) * logit_scale
-        x += tl.log2(tl.maximum(size, 1).to(tl.float32))[None, :] + shift[:, None]
-        x = tl.where(stands_in[None, :], x, float("-inf"))
-        v = tl.load(values + address, mask=stands_in[:, None], other=0)
+            x += tl.log2(tl.maximum(size, 1).to(tl.float32))[None, :] + shift[:, None]
+            x = tl.where(stands_in[None, :], x, float("-inf"))
+        v = tl.load(values + address, mask=inside[:, None], other=0)
+        if PACKED:
+            v = unpack_rows(v, FAST)
         top, total, acc = _accumulate(top, total, acc, x, v, dtype, PRECISION)
     if value_scale is not None:
         # Scaled while the weights still sum to `total`; a part that attends to nothing stays 0.
@@ -243,23 +278,21 @@ def attend_left_out(
     block_rows = min(dev.padded_rows(rows), 64 if head_dim > 128 or query.element_size() > 2 else 128)
     block_rows = min(block_rows, 32) if dev.INTERPRETED else block_rows
     row_blocks = triton.cdiv(rows, block_rows)
-    block = 32 if dev.INTERPRETED or head_dim * query.element_size() > 256 else 64
-    wanted = max(1, 3 * dev.multiprocessors(query.device) // (problems * row_blocks))
-    splits = [min(wanted, triton.cdiv(level.flags.shape[1], block)) for level in levels]
+    config = stand_in_config(head_dim, block_rows, query.element_size())
+    programs = config.programs_per_multiprocessor * dev.multiprocessors(query.device)
+    wanted = max(1, programs // (problems * row_blocks))
+    splits = [min(wanted, triton.cdiv(level.capacity, config.block)) for level in levels]
     parts = sum(splits) + (window is not None)
     if not parts:
         return None
     padded = part_rows(rows)
-    result = Parts(
-        torch.empty(problems, parts, padded, head_dim, dtype=torch.float32, device=query.device),
-        torch.empty(problems, parts, padded, dtype=torch.float32, device=query.device),
-    )
+    result = Parts.empty(problems, parts, rows, head_dim, query.device)
     common = {
         "HEAD_DIM": head_dim,
         "BLOCK_R": block_rows,
         "PRECISION": dev.dot_precision(query.dtype),
         "PDL": dev.has_dependent_launch(query.device),
-        "num_warps": 8 if block_rows > 32 else 4,
+        "num_warps": config.warps,
         **dev.launch_options(query.device),
     }
     first = 0
@@ -270,8 +303,8 @@ def attend_left_out(
             query,
             level.flags,
             level.scores.logits,
-            level.centroids,
-            level.values,
+            level.centroids.view(torch.int32) if packed else level.centroids,
+            level.values.view(torch.int32) if packed else level.values,
             level.sizes,
             level.spread,
             level.ids,
@@ -283,14 +316,16 @@ def attend_left_out(
             kv_heads,
             rows,
             level.centroids.shape[1],
-            level.flags.shape[1],
+            level.capacity,
             padded,
             parts,
             first,
             HAS_IDS=level.ids is not None,
             STORED=stored,
-            BLOCK_C=block,
-            STAGES=1 if dev.INTERPRETED else 3,
+            PACKED=packed,
+            FAST=not dev.INTERPRETED,
+            BLOCK_C=config.block,
+            STAGES=config.stages,
             **common,
         )
         first += count
@@ -308,7 +343,7 @@ def attend_left_out(
             padded,
             parts,
             first,
-            BLOCK_N=block,
+            BLOCK_N=config.block,
             **common,
         )
     return result

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from squeezed.ops.triton.eight_bit import packed_logits, packed_query, unpack
+from squeezed.ops.triton.eight_bit import packed_logits, packed_query, unpack, unpack_rows
 
 
 @triton.jit
@@ -40,9 +40,15 @@ def stream(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    PACKED: tl.constexpr,
+    FAST: tl.constexpr,
 ):
-    """Tiles [start, stop): unnormalised sum of values [BLOCK_R, HEAD_DIM], maximum and weight sum [BLOCK_R], base 2."""
-    dim = tl.arange(0, HEAD_DIM)
+    """Tiles [start, stop): unnormalised sum of values [BLOCK_R, HEAD_DIM], maximum and weight sum [BLOCK_R], base 2.
+
+    PACKED: numbers in a word of keys and values, 4 if they are int8.
+    """
+    WORDS: tl.constexpr = HEAD_DIM // PACKED
+    word = tl.arange(0, WORDS)
     top = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, HEAD_DIM], tl.float32)
@@ -52,20 +58,26 @@ def stream(
         full = tl.maximum(start, tl.minimum(stop, count // BLOCK_N))
         for step in tl.range(start, full, num_stages=STAGES):
             position = tl.load(list_base + step * BLOCK_N + tl.arange(0, BLOCK_N))
-            address = position[:, None] * HEAD_DIM + dim[None, :]
+            address = position[:, None] * WORDS + word[None, :]
             k = tl.load(key_base + address)
+            if PACKED == 4:
+                k = unpack_rows(k, FAST)
             logits = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
             new_top = tl.maximum(top, tl.max(logits, axis=1))
             weight = tl.exp2(logits * scale_log2 - (new_top * scale_log2)[:, None])
             rescale = tl.exp2((top - new_top) * scale_log2)
             total = total * rescale + tl.sum(weight, axis=1)
             v = tl.load(value_base + address)
+            if PACKED == 4:
+                v = unpack_rows(v, FAST)
             acc = tl.dot(weight.to(q.dtype), v.to(q.dtype), acc * rescale[:, None], input_precision=PRECISION)
             top = new_top
     for step in tl.range(full, stop, num_stages=STAGES):
         position, inside = locate(list_base, step, count, WIDTH, BLOCK_N)
-        address = position[:, None] * HEAD_DIM + dim[None, :]
-        k = tl.load(key_base + address, mask=inside[:, None], other=0.0)
+        address = position[:, None] * WORDS + word[None, :]
+        k = tl.load(key_base + address, mask=inside[:, None], other=0)
+        if PACKED == 4:
+            k = unpack_rows(k, FAST)
         logits = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
         logits = tl.where(inside[None, :], logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, axis=1))
@@ -73,7 +85,9 @@ def stream(
         weight = tl.exp2(logits * scale_log2 - (new_top * scale_log2)[:, None])
         rescale = tl.exp2((top - new_top) * scale_log2)
         total = total * rescale + tl.sum(weight, axis=1)
-        v = tl.load(value_base + address, mask=inside[:, None], other=0.0)
+        v = tl.load(value_base + address, mask=inside[:, None], other=0)
+        if PACKED == 4:
+            v = unpack_rows(v, FAST)
         acc = tl.dot(weight.to(q.dtype), v.to(q.dtype), acc * rescale[:, None], input_precision=PRECISION)
         top = new_top
     return acc, top * scale_log2, total
