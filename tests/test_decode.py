@@ -119,7 +119,7 @@ def test_repetition_penalties_are_followed_and_other_settings_left_to_transforme
 def test_text_comes_in_pieces_that_make_up_the_answer(llama: PreTrainedModel, context: FixedContext) -> None:
     pieces: list[str] = []
     (answer,) = ask(
-        llama, TOKENIZER, context, tiny.QUESTIONS[:1], 0.5, False, Decoding(16), pieces.append, loop.Steps()
+        llama, TOKENIZER, context, tiny.QUESTIONS[:1], 0.5, False, Decoding(48), pieces.append, loop.Steps()
     )
     assert len(pieces) > 1
     assert "".join(pieces).strip() == answer.text
