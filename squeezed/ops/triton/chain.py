@@ -21,8 +21,6 @@ from squeezed.ops.triton.score_many import score_many_rows
 from squeezed.ops.triton.select import WorkList, chunks_of, select_clusters
 from squeezed.ops.triton.stand_in import LeftOut, attend_left_out
 
-_MOST_PREFETCHED = 640 * 2**20  # bytes of all keys and values
-
 
 def select_keys(
     query: Tensor,
@@ -40,7 +38,6 @@ def select_keys(
     centroid_values: list[Tensor] | None = None,
     own: OwnKeys | None = None,
     own_parts: Parts | None = None,
-    read_next: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[WorkList, list[LeftOut]]:
     """Score and select level by level, coarsest first.
 
@@ -56,7 +53,6 @@ def select_keys(
         kept: [levels, B * Hk] int32 to write what each level selects to.
         centroid_values: of each level, if they are to stand in for what is left out.
         own, own_parts: own tokens for the first launch to attend to as well, and where to; few rows only.
-        read_next: keys and values, if the selection is to ask the cache for them.
 
     Returns:
         the list of keys, and each level's left-out clusters, coarsest first; none without `centroid_values`.
@@ -89,7 +85,6 @@ def select_keys(
             id_counts,
             None if kept is None else kept[level],
             sizes[level] if centroid_values else None,
-            read_next if finest else None,
         )
         if centroid_values:
             left_out.append(
@@ -106,11 +101,6 @@ def select_keys(
             )
     assert work is not None
     return work, left_out
-
-
-def prefetches(keys: Tensor, rows: int) -> bool:
-    """Whether a tenth of the keys and values, [Hk, N, D], fits the L2 cache, and a cache is what they wait for."""
-    return rows <= dev.FEW_ROWS and dev.has_dependent_launch(keys.device) and 2 * keys.nbytes <= _MOST_PREFETCHED
 
 
 @torch.library.custom_op("squeezed::attend_fixed", mutates_args=())
@@ -206,7 +196,6 @@ def _attend(
         centroid_values,
         own,
         own_parts,
-        (keys, values) if prefetches(keys, rows) else None,
     )
     others = attend_left_out(grouped, left_out, window, window_end - clustered, scale, channel_scales)
     output, lse = attend_list(

@@ -23,7 +23,6 @@ from squeezed.ops.triton import device as dev
 from squeezed.ops.triton.score import Scores
 
 _SLOTS = 512  # entries that a program writes at a time
-_PREFETCHED = 40 * 2**20  # bytes, of an L2 cache of 50 MB
 
 
 @dataclass(frozen=True)
@@ -66,24 +65,6 @@ def list_capacity(children: int, clusters: int, window: int, width: int) -> int:
 
 
 @triton.jit
-def _prefetch(rows, count, ROW_BYTES: tl.constexpr):
-    """Ask the L2 cache for `count` rows from each of the pointers `rows` on; nothing waits for them."""
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred wanted;
-        setp.gt.s32 wanted, $2, 0;
-        @wanted cp.async.bulk.prefetch.L2.global [$1], $2;
-        mov.b32 $0, 0;
-        }""",
-        "=r,l,r",
-        [rows.to(tl.int64), count * ROW_BYTES],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def _select(
     logits,
     part_max,
@@ -97,8 +78,6 @@ def _select(
     kept,
     left_out,
     sizes,
-    keys,
-    values,
     status,
     level,
     kv_heads,
@@ -110,8 +89,6 @@ def _select(
     list_size,
     window_start,
     window_end,
-    tokens,
-    prefetched,
     HAS_IDS: tl.constexpr,
     NORMALISED: tl.constexpr,
     MARK: tl.constexpr,
@@ -122,7 +99,6 @@ def _select(
     CHUNK_SIZE: tl.constexpr,
     LOG_CHUNK: tl.constexpr,
     SLOTS: tl.constexpr,
-    ROW_BYTES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     chunk = tl.program_id(0)
@@ -175,8 +151,8 @@ def _select(
             member = index
             if HAS_IDS:
                 member = cluster
-            keys = tl.load(sizes + head * clusters + member, mask=inside, other=1)
-            log_size = tl.log(tl.maximum(keys, 1).to(tl.float32))
+            members = tl.load(sizes + head * clusters + member, mask=inside, other=1)
+            log_size = tl.log(tl.maximum(members, 1).to(tl.float32))
             tl.store(
                 where_logit,
                 tl.where(passed_over[None, :], logit + log_size[None, :], float("-inf")),
@@ -190,16 +166,6 @@ def _select(
         begins = ends - runs
         chunk_runs = tl.sum(runs, axis=0)
         chunk_children = tl.sum(size, axis=0)
-        if ROW_BYTES > 0:
-            # Gathered, every cluster is one thread's; out of a maximum over rows it comes as several threads'.
-            early = tl.where(tl.cumsum(size, axis=0) <= prefetched, size, 0)
-            early = tl.gather(early, tl.arange(0, CHUNK_SIZE), 0)
-            begin = tl.gather(first, tl.arange(0, CHUNK_SIZE), 0)
-            place = (head.to(tl.int64) * tokens + begin) * (
-                ROW_BYTES // (keys.dtype.element_ty.primitive_bitwidth // 8)
-            )
-            _prefetch(keys + place, early, ROW_BYTES)
-            _prefetch(values + place, early, ROW_BYTES)
 
         done = tl.full([], 1, tl.int64) << 62
         low = (tl.full([], 1, tl.int64) << 31) - 1
@@ -251,7 +217,6 @@ def select_clusters(
     id_counts: Tensor | None = None,
     kept: Tensor | None = None,
     sizes: Tensor | None = None,
-    read_next: tuple[Tensor, Tensor] | None = None,
     *,
     slots: int | None = None,
     warps: int = 4,
@@ -271,14 +236,11 @@ def select_clusters(
         sizes: [Hk, K] int32, keys of each cluster, to also tell which clusters are left out. With few rows the logits
             do, which become those of what stands in for a cluster's keys: its log size is added, and they are -inf for
             selected clusters. With many, `left_out` does.
-        read_next: keys and values [Hk, N, D] that the list names, if they are few enough for the L2 cache to be asked
-            for them here and now.
     """
     problems, rows, capacity = scores.logits.shape
     kv_heads, clusters = offsets.shape[0], offsets.shape[1] - 1
     normalised = scores.part_max is None
     splits = 1 if scores.part_max is None else scores.part_max.shape[2]
-    row_bytes = read_next[0].shape[2] * read_next[0].element_size() if read_next else 0
     chunks = chunks_of(capacity, ids is not None, normalised)
     chunk = chunk_size(capacity, ids is not None, normalised)
     list_size = list_capacity(children, clusters, window[1] - window[0], width)
@@ -300,7 +262,6 @@ def select_clusters(
         kept,
         left_out,
         sizes if mark else None,
-        *(read_next or (None, None)),
         status,
         level,
         kv_heads,
@@ -312,8 +273,6 @@ def select_clusters(
         list_size,
         window[0],
         window[1],
-        read_next[0].shape[1] if read_next else 0,
-        _PREFETCHED // (2 * row_bytes * chunks * problems) if row_bytes else 0,
         HAS_IDS=ids is not None,
         NORMALISED=normalised,
         MARK=mark,
@@ -324,7 +283,6 @@ def select_clusters(
         CHUNK_SIZE=chunk,
         LOG_CHUNK=chunk.bit_length() - 1,
         SLOTS=slots or _SLOTS,
-        ROW_BYTES=row_bytes,
         PDL=dev.has_dependent_launch(offsets.device),
         num_warps=warps * (1 if rows <= 4 else 2),
         **dev.launch_options(offsets.device),
