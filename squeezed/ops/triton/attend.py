@@ -70,9 +70,11 @@ def attend_config(head_dim: int, rows: int, dtype: torch.dtype, keys: int) -> At
         return AttendConfig(min(block_rows, 64), 32, 8, 3, 1, 1)
     if wide > 2 or block_rows > 16:
         return AttendConfig(block_rows, 32, 4, 3 if wide > 4 else 5, 2, 8)
+    if dtype.itemsize == 1 and block_rows > 1 and head_dim <= 128 and keys > 2**19:
+        return AttendConfig(block_rows, 128, 4, 3, 2, 8)
     # Three programs a multiprocessor keep more reads in flight; with few tiles each, two end sooner.
-    if keys > 2**21:
-        return AttendConfig(block_rows, 64, 4, 3, 3, 8, registers=168)
+    if keys > 2**19:
+        return AttendConfig(block_rows, 64, 4, 3 if keys > 2**21 else 4, 3, 8, registers=168)
     return AttendConfig(block_rows, 64, 4, 5, 2, 8)
 
 
@@ -190,6 +192,7 @@ def _join_parts(
     BLOCK_PROBLEMS: tl.constexpr,
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
+    MORE_PARTS: tl.constexpr,
     LEVELS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -208,6 +211,18 @@ def _join_parts(
     total = tl.sum(tiles, axis=0)
     head_start = tl.sum(tl.where(problem_index < problem, tiles, 0), axis=0)
     head_tiles = tl.sum(tl.where(problem_index == problem, tiles, 0), axis=0)
+    if more_out is not None:
+        more_joined, more_part = join_rows(
+            more_out,
+            more_lse,
+            problem * more,
+            problem * more + more - 1,
+            part_rows,
+            tl.program_id(0) * ROWS,
+            ROWS,
+            HEAD_DIM,
+            MORE_PARTS,
+        )
     if head_tiles > 0:
         first = group_of(head_start, groups, total)
         last = group_of(head_start + head_tiles - 1, groups, total)
@@ -243,18 +258,8 @@ def _join_parts(
         )
         joined, joined_lse = merge_rows(joined, joined_lse, other, other_part)
     if more_out is not None:
-        other, other_part = join_rows(
-            more_out,
-            more_lse,
-            problem * more,
-            problem * more + more - 1,
-            part_rows,
-            tl.program_id(0) * ROWS,
-            ROWS,
-            HEAD_DIM,
-            PARTS,
-        )
-        joined, joined_lse = merge_rows(joined, joined_lse, other, other_part)
+        joined, joined_lse = merge_rows(joined, joined_lse, more_joined, more_part)
+    store_result(output, lse_out, joined, joined_lse, problem, row, rows, HEAD_DIM)
     if LEVELS > 0:  # noqa: SIM102
         if (tl.program_id(0) == 0) & (problem % kv_heads == 0):
             counts_now = tl.load(running)
@@ -263,7 +268,6 @@ def _join_parts(
                 found = tl.load(kept + level * problems + problem_index, mask=own, other=0).to(tl.int64)
                 where_tally = tally + level * (problems // kv_heads) + problem // kv_heads
                 tl.store(where_tally, tl.load(where_tally) + tl.sum(found, axis=0) * counts_now)
-    store_result(output, lse_out, joined, joined_lse, problem, row, rows, HEAD_DIM)
 
 
 def attend_list(
@@ -366,6 +370,7 @@ def attend_list(
         groups,
         ROWS=joined_rows,
         PARTS=max(1, _JOINED_AT_ONCE // (head_dim * joined_rows)),
+        MORE_PARTS=triton.next_power_of_2(more.lse.shape[1]) if more else 1,
         LEVELS=tally.total.shape[0] if tally else 0,
         **tiling,
         **launch,

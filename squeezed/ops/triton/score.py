@@ -226,7 +226,7 @@ def score_few_rows(
     block = block or max(16, min(128, 16384 // head_dim // (2 if centroids.dtype == torch.float32 else 1)))
     problems = batch * kv_heads
     # Where the machine is hardly filled, a program with one tile and nothing to pipeline ends sooner.
-    few_tiles = problems * triton.cdiv(capacity, block) < 3 * dev.multiprocessors(query.device)
+    few_tiles = problems * triton.cdiv(capacity, block) < 4 * dev.multiprocessors(query.device)
     tiles = tiles or (1 if few_tiles else 2)
     stages = stages or (1 if few_tiles else 2)
     packed = scales is not None
