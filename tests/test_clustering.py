@@ -214,7 +214,7 @@ def test_more_clusters_than_keys_cannot_be_asked_for() -> None:
     with pytest.raises(InputError, match="clusters is"):
         BuildConfig(clusters=1.5)
     assert BuildConfig(clusters=1.0).clusters_of(7) == 7
-    assert BuildConfig().clusters_of(7) == 1
+    assert BuildConfig().clusters_of(7) == 2
     assert BuildConfig().clusters_of(100_000) == 5_000
 
 
