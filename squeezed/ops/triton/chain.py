@@ -120,28 +120,6 @@ def _attend_fixed(
     centroid_values: list[Tensor],
     window_rows: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _shaped(
-        query, keys, values, centroids, sizes, offsets, clustered, log_thresholds, window_end, scale, scales, spreads,
-        centroid_values, window_rows,
-    )  # fmt: skip
-
-
-def _shaped(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    centroids: list[Tensor],
-    sizes: list[Tensor],
-    offsets: list[Tensor],
-    clustered: int,
-    log_thresholds: Tensor,
-    window_end: int,
-    scale: float,
-    scales: list[Tensor],
-    spreads: list[Tensor],
-    centroid_values: list[Tensor],
-    window_rows: list[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
     batch, q_heads, queries, head_dim = query.shape
     output, lse, kept = _attend(
         query, None, None, keys, values, centroids, sizes, offsets, clustered, log_thresholds, window_end, scale,
@@ -261,11 +239,7 @@ def attend_fixed(
         [levels, B, Hk] int32, finest first: the clustered keys attended, and of each coarser level how many clusters of
         the next finer one it left to look at.
     """
-    arguments = _arguments(layer, log_thresholds, window_end, scale)
-    # The call of an operator takes the host time of its own, in every layer.
-    if torch.compiler.is_compiling():
-        return torch.ops.squeezed.attend_fixed(query, *arguments)
-    return _shaped(query, *arguments)
+    return torch.ops.squeezed.attend_fixed(query, *_arguments(layer, log_thresholds, window_end, scale))
 
 
 def attend_with_own(
