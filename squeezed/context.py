@@ -24,6 +24,7 @@ from squeezed.prefill import PrefilledLayer, prefill
 from squeezed.preparation import PROBES, Probes, SlidingTail, prepare_layer, question_layer, scale_of
 from squeezed.quality import measure_errors
 from squeezed.text import Part, locate_parts, read_files
+from squeezed.warm_up import warm_up
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -214,6 +215,8 @@ class FixedContext:
         layers = self.squeezed_layers
         curves = calibrate(layers, queries, scales, lambda done, total: on_progress("calibrate", done, total))
         on_progress("measure", 0, 1)
+        if model.device.type == "cpu":
+            warm_up(model.dtype, self.config)  # compiles what questions will need, so that they find it on the disk
         errors = measure_errors((layer.to(model.device) for layer in layers), queries, scales, curves)
         on_progress("measure", 1, 1)
         return replace(self, curves=replace(curves, errors=errors))
@@ -269,7 +272,6 @@ class FixedContext:
             InputError: damaged, of another format, or made with another model or tokenizer; says which.
         """
         from squeezed.artifact import load, read_manifest
-        from squeezed.warm_up import warm_up
 
         if model is not None and model.device.type == "cpu":
             warm_up(model.dtype, read_manifest(Path(folder)).config)

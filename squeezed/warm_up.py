@@ -1,7 +1,7 @@
 """The loops of the CPU made ready before they are needed, and the memory of their compiler given back.
 
-They are compiled once and cached on disk, but loading them from there takes the compiler's linker: on SmolLM2 half of
-what answering took besides the model and the context was machine code of LLVM that nothing calls again.
+They are compiled by the first build and cached on disk, but loading them from there takes the compiler's linker: on
+SmolLM2 half of what answering took besides the model and the context was machine code of LLVM that nothing calls again.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -22,10 +23,12 @@ _SHAPES = ((1, 1), (128, 1), (1, 64))  # (questions, queries): scored on one cor
 _LIBRARY = "libllvmlite"
 
 
+@cache
 def warm_up(dtype: torch.dtype, config: BuildConfig) -> None:
     """Load, or compile, all that attention on the CPU needs for contexts built with `config` by a model of `dtype`.
 
-    To be called before a context is mapped into memory: the compiler is then gone when the context comes.
+    To be called before a context is mapped into memory: the compiler is then gone when the context comes. A second call
+    does nothing.
     """
     index = _small_index(dtype, config)
     for questions, queries in _SHAPES:
