@@ -93,7 +93,6 @@ def select_keys(
                     scores,
                     centroids[level],
                     centroid_values[level],
-                    sizes[level],
                     spread,
                     ids,
                     id_counts,

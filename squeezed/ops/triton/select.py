@@ -34,8 +34,8 @@ class WorkList:
         counts: [B * Hk] int32, entries of each.
         kept: [B * Hk] int32, children in selected clusters (the window not counted).
         width: children per entry at most.
-        left_out: [B * Hk, capacity of the scores] uint8, 1 for clusters that are not selected (in the scores' order);
-            None unless asked for, and for logits of few rows, which tell it themselves.
+        left_out: [B * Hk, capacity of the scores] float32, log2 of the size of clusters that are not selected, -inf for
+            the others (in the scores' order); None unless asked for, and with few rows, whose logits tell it.
     """
 
     entries: Tensor
@@ -93,7 +93,6 @@ def _select(
     window_end,
     HAS_IDS: tl.constexpr,
     NORMALISED: tl.constexpr,
-    MARK: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
@@ -148,21 +147,19 @@ def _select(
             peak = safe_peak + tl.log(mean)
 
         size = tl.where(peak > threshold, end - first, 0)
-        if MARK:
+        if sizes is not None:
             passed_over = (end > first) & (peak <= threshold)
             member = index
             if HAS_IDS:
                 member = cluster
             members = tl.load(sizes + head * clusters + member, mask=inside, other=1)
-            log_size = tl.log(tl.maximum(members, 1).to(tl.float32))
-            tl.store(
-                where_logit,
-                tl.where(passed_over[None, :], logit + log_size[None, :], float("-inf")),
-                mask=logit_mask,
-            )
-        if left_out is not None:
-            passed_over = (end > first) & (peak <= threshold)
-            tl.store(left_out + problem.to(tl.int64) * capacity + index, passed_over.to(tl.uint8), mask=inside)
+            members = tl.maximum(members, 1).to(tl.float32)
+            if NORMALISED:
+                stands_in = tl.where(passed_over, tl.log2(members), float("-inf"))
+                tl.store(left_out + problem.to(tl.int64) * capacity + index, stands_in, mask=inside)
+            else:
+                logit = tl.where(passed_over[None, :], logit + tl.log(members)[None, :], float("-inf"))
+                tl.store(where_logit, logit, mask=logit_mask)
         runs = (size + (WIDTH - 1)) // WIDTH
         ends = tl.cumsum(runs, axis=0)
         begins = ends - runs
@@ -249,8 +246,9 @@ def select_clusters(
     entries = torch.empty(problems, list_size, dtype=torch.int32, device=offsets.device)
     counts = torch.empty(problems, dtype=torch.int32, device=offsets.device)
     kept = torch.empty_like(counts) if kept is None else kept
-    mark, flag = sizes is not None and not normalised, sizes is not None and normalised
-    left_out = torch.empty(problems, capacity, dtype=torch.uint8, device=offsets.device) if flag else None
+    left_out = None
+    if sizes is not None and normalised:
+        left_out = torch.empty(problems, capacity, dtype=torch.float32, device=offsets.device)
     _select[(chunks, problems)](
         scores.logits,
         scores.part_max,
@@ -263,7 +261,7 @@ def select_clusters(
         counts,
         kept,
         left_out,
-        sizes if mark else None,
+        sizes,
         status,
         level,
         kv_heads,
@@ -277,7 +275,6 @@ def select_clusters(
         window[1],
         HAS_IDS=ids is not None,
         NORMALISED=normalised,
-        MARK=mark,
         WIDTH=width,
         BLOCK_R=triton.next_power_of_2(rows),
         BLOCK_SPLITS=triton.next_power_of_2(splits),

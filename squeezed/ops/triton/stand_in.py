@@ -27,20 +27,19 @@ class LeftOut:
     """The clusters that one level leaves out.
 
     Attributes:
-        flags: [B * Hk, capacity] uint8, of the level's clusters or of those in `ids`; None for few rows.
+        log_sizes: [B * Hk, capacity] float32, of the level's clusters or of those in `ids`: log2 of their number of
+            keys, -inf for those that are selected; None for few rows.
         scores: of this level, in the same order; for few rows, the logits as `select_clusters` left them: each with its
             cluster's log size, -inf for what is selected.
         centroids, values: [Hk, K, D].
-        sizes: [Hk, K] int32.
         spread: [Hk, K] float32 or None, as the scores had it.
         ids, id_counts: [B * Hk, capacity] and [B * Hk] int32, the clusters that a coarser level left; or None.
     """
 
-    flags: Tensor | None
+    log_sizes: Tensor | None
     scores: Scores
     centroids: Tensor
     values: Tensor
-    sizes: Tensor
     spread: Tensor | None
     ids: Tensor | None
     id_counts: Tensor | None
@@ -91,11 +90,10 @@ def _store_part(part_out, part_lse, place, top, total, acc, needed, HEAD_DIM: tl
 @triton.jit
 def _stand_in(
     query,
-    flags,
+    log_sizes,
     logits,
     centroids,
     values,
-    sizes,
     spread,
     ids,
     id_counts,
@@ -179,16 +177,14 @@ def _stand_in(
             if spread is not None:
                 variance = tl.load(spread + head * clusters + cluster, mask=inside, other=0.0)
                 x -= stretch[:, None] * variance[None, :]
-            x = x * log2e + shift[:, None]
+            x = x * log2e
         else:
-            stands_in = tl.load(flags + list_base + index, mask=inside, other=0) != 0
-            size = tl.load(sizes + head * clusters + cluster, mask=inside, other=1)
+            log_size = tl.load(log_sizes + list_base + index, mask=inside, other=float("-inf"))
             c = tl.load(centroids + address, mask=inside[:, None], other=0)
             if PACKED:
                 c = unpack_rows(c, FAST)
             x = tl.dot(scaled, tl.trans(c.to(scaled.dtype)), input_precision=PRECISION) * logit_scale
-            x += tl.log2(tl.maximum(size, 1).to(tl.float32))[None, :] + shift[:, None]
-            x = tl.where(stands_in[None, :], x, float("-inf"))
+            x += log_size[None, :]
         v = tl.load(values + address, mask=inside[:, None], other=0)
         if PACKED:
             v = unpack_rows(v, FAST)
@@ -198,7 +194,8 @@ def _stand_in(
         acc = acc * tl.load(value_scale + head * HEAD_DIM + dim)[None, :]
         acc += total[:, None] * tl.load(value_centre + head * HEAD_DIM + dim)[None, :]
     place = (problem * parts + first_part + split).to(tl.int64) * padded_rows + row
-    _store_part(part_out, part_lse, place, top, total, acc, row < padded_rows, HEAD_DIM)
+    # What a row's logits all lack needs adding only here.
+    _store_part(part_out, part_lse, place, top + shift, total, acc, row < padded_rows, HEAD_DIM)
 
 
 @triton.jit
@@ -301,11 +298,10 @@ def attend_left_out(
         assert scales is not None or not packed
         _stand_in[(row_blocks, count, problems)](
             query,
-            level.flags,
+            level.log_sizes,
             level.scores.logits,
             level.centroids.view(torch.int32) if packed else level.centroids,
             level.values.view(torch.int32) if packed else level.values,
-            level.sizes,
             level.spread,
             level.ids,
             level.id_counts,

@@ -1,0 +1,82 @@
+"""Every launch compiles for compute capability 9.0: the interpreter takes what the compiler does not, and needs no GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+_ROOT = Path(__file__).parents[2]
+_SCRIPT = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from triton.runtime.jit import JITFunction
+from squeezed.decode import linear_triton, own, own_triton, qkv_triton
+from squeezed.ops.triton import OwnKeys, Tally, attend_fixed, attend_with_own, merge_attention
+from tests.ops.cases import Case, make_layer, make_query
+
+compiled = set()
+
+def kind(value):
+    if isinstance(value, torch.Tensor):
+        names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "i8", torch.uint8: "u8",
+                 torch.int32: "i32", torch.int64: "i64"}
+        return "*" + names[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+def run(self, *args, grid, warmup, **options):
+    given = dict(zip(self.arg_names, args, strict=False)) | {n: options.pop(n) for n in list(options) if n in self.arg_names}
+    fixed = {p.name for p in self.params if p.is_constexpr} | {n for n, v in given.items() if v is None}
+    signature = {n: "constexpr" if n in fixed else kind(given[n]) for n in self.arg_names}
+    constants = {(self.arg_names.index(n),): given[n] for n in fixed}
+    key = (self.fn.__name__, *signature.items(), *constants.items(), *sorted(options.items()))
+    if str(key) not in compiled:
+        compiled.add(str(key))
+        source = ASTSource(self, signature, constants, {})
+        compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+JITFunction.run = run
+half = torch.bfloat16
+for case in (
+    Case(dtype=half, levels=2),
+    Case(q_heads=8, dtype=half, compensate=True, centroid_bits=8, second_order=True),
+    Case(dtype=half, levels=2, compensate=True, centroid_bits=8, key_bits=8),
+    Case(q_heads=8, queries=40, dtype=half, levels=2, compensate=True, centroid_bits=8, second_order=True),
+):
+    layer, query = make_layer(case), make_query(case)
+    thresholds = torch.zeros(case.levels)
+    attend_fixed(query, layer, thresholds, layer.tokens, 0.1)
+    if case.queries == 1:
+        held = torch.zeros(1, case.kv_heads, 70, case.head_dim, dtype=half)
+        lengths, running = torch.zeros(1, dtype=torch.int32), torch.ones(1, dtype=torch.int64)
+        tally = Tally(torch.zeros(case.levels, 1, dtype=torch.int64), running)
+        attend_with_own(query, layer, thresholds, layer.tokens, 0.1, OwnKeys(held, held, lengths), tally)
+x, rows = torch.zeros(128, dtype=half), lambda count: torch.zeros(count, 128, dtype=half)
+norm, mine = linear_triton.Norm(x, 1e-5), own.OwnTokens(held, held, lengths)
+weights = [rows(256), rows(128), rows(128)]
+linear_triton.project(x, weights, None, norm)
+linear_triton.project(x, weights[:1], residual=torch.zeros(256, dtype=half))
+linear_triton.gated(x, weights[0], weights[0], norm)
+rope = own.Rope(held[0, 0], held[0, 0])
+query = qkv_triton.project_rotated(x, weights, None, norm, rope, mine)
+mine.hold(held[:, :, :1], held[:, :, :1])
+_, parts = own_triton.attend_own(query, mine, 0.1, rope)
+out = (torch.zeros(1, query.shape[1], 1, case.head_dim), torch.zeros(1, query.shape[1], 1))
+own_triton.join(parts, out, None, mine, query)
+merge_attention([out, out])
+print(len(compiled), "compiled")
+"""
+
+
+def test_every_launch_compiles_for_a_gpu_that_is_not_there() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(_ROOT)
+    found = subprocess.run([sys.executable, "-c", _SCRIPT], capture_output=True, text=True, env=environment, cwd=_ROOT)
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert int(found.stdout.split()[-2]) > 20
