@@ -1,4 +1,4 @@
-"""Every launch compiles for compute capability 9.0: the interpreter takes what the compiler does not, and needs no GPU."""
+"""Every launch compiles for compute capability 9.0, without a GPU: the interpreter takes what the compiler does not."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ compiled = set()
 
 def kind(value):
     if isinstance(value, torch.Tensor):
-        names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "i8", torch.uint8: "u8",
-                 torch.int32: "i32", torch.int64: "i64"}
-        return "*" + names[value.dtype]
+        names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "i8"}
+        return "*" + {**names, torch.int32: "i32", torch.int64: "i64"}[value.dtype]
     return "fp32" if isinstance(value, float) else "i32"
 
 def run(self, *args, grid, warmup, **options):
-    given = dict(zip(self.arg_names, args, strict=False)) | {n: options.pop(n) for n in list(options) if n in self.arg_names}
+    given = dict(zip(self.arg_names, args, strict=False))
+    given |= {name: options.pop(name) for name in list(options) if name in self.arg_names}
     fixed = {p.name for p in self.params if p.is_constexpr} | {n for n, v in given.items() if v is None}
     signature = {n: "constexpr" if n in fixed else kind(given[n]) for n in self.arg_names}
     constants = {(self.arg_names.index(n),): given[n] for n in fixed}
