@@ -156,6 +156,31 @@ def test_squeezed_answers_are_right_where_dense_ones_are_but_for_one(
     assert len(lost) <= 1, lost
 
 
+def test_no_token_of_a_right_answer_goes_astray(
+    smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase], manual: FixedContext
+) -> None:
+    model, tokenizer = smollm2
+    worst = []
+    # The motto's words are looked up by one head of one layer: in clusters of 5 keys "row" was 14 nats away.
+    for question, answer in (
+        ("What is the motto of the station?", 'The motto of the station is "Measure twice, row once."'),
+        ("Who is the captain of the supply ship?", "The captain of the supply ship is Josef Lindqvist."),
+        ("How deep is the seismic vault?", "The seismic vault is 22 metres deep."),
+    ):
+        told = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        found = []
+        for sparsity in (0.0, 0.9):
+            inputs = manual.inputs(tokenizer, [question], sparsity)
+            ids = torch.cat([inputs["input_ids"], torch.tensor([told])], dim=1)
+            mask = torch.ones(1, inputs["attention_mask"].shape[1] + len(told), dtype=torch.int64)
+            with torch.no_grad(), attached(model):
+                output = model(input_ids=ids, attention_mask=mask, past_key_values=inputs["past_key_values"])
+            found.append(output.logits[0, -len(told) - 1 : -1].log_softmax(-1))
+        dense, squeezed = found
+        worst.append(float((dense.exp() * (dense - squeezed)).sum(-1).max()))
+    assert max(worst) < 1, worst
+
+
 def test_the_command_reports_what_other_programs_rely_on(
     manual: FixedContext, saved: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
