@@ -135,6 +135,7 @@ def takes_everything(query: Tensor, layer: FixedLayer) -> bool:
         kept=1 - selection.sparsity,
         key_bytes=index.keys.element_size(),
         centroid_bytes=index.centroid_bytes,
+        stand_ins=index.levels[0].values is not None,
     )
     part = replace(whole, batch=batch * alone, queries=block)
     return dense_microseconds(whole) <= calls * squeezed_microseconds(part)

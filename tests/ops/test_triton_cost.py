@@ -44,6 +44,16 @@ def test_bytes_of_centroids_count() -> None:
     assert squeezed_microseconds(large) - squeezed_microseconds(small) == pytest.approx(8 * 26214 * 384 / 2.95e6)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "kv_heads", "squeezed"),
+    [(32768, 8, 27.7), (32768, 32, 46.9), (8192, 8, 20.3), (131072, 8, 53.0), (524288, 32, 391.6)],
+)
+def test_stand_ins_cost_a_launch(tokens: int, kv_heads: int, squeezed: float) -> None:
+    shape = AttentionShape(1, 32, kv_heads, 1, 128, tokens, (tokens // 20,), 0.1, 2, 260, stand_ins=True)
+    assert squeezed_microseconds(shape) == pytest.approx(squeezed, rel=0.2)
+    assert dense_is_faster(shape) == (tokens == 8192)
+
+
 def test_short_contexts_and_dense_selections_are_left_to_dense_attention() -> None:
     assert dense_is_faster(AttentionShape(1, 32, 8, 1, 128, 2048, (102,), 0.1))
     assert dense_is_faster(AttentionShape(1, 32, 8, 1, 128, 131072, (6553,), 0.95))

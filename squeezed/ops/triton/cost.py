@@ -15,6 +15,7 @@ class AttentionShape:
 
     `clusters` per KV head on each level, finest first; of every level but the coarsest about half is scored.
     `centroid_bytes` are those of one centroid, with what is stored beside it; 0 is those of a key.
+    `stand_ins`: what is left out is attended at its centroids.
     """
 
     batch: int
@@ -27,6 +28,7 @@ class AttentionShape:
     kept: float
     key_bytes: int = 2
     centroid_bytes: int = 0
+    stand_ins: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class DeviceRates:
     dense_reread: float = 0.14
     squeezed_start: float = 12.5
     level_start: float = 7.0
+    stand_in_start: float = 8.0
     squeezed_bytes: float = 2.95e6
     score_flops: float = 420e6
     attend_flops: float = 400e6
@@ -69,6 +72,8 @@ def squeezed_microseconds(shape: AttentionShape, rates: DeviceRates = H100) -> f
     read = scored * (shape.centroid_bytes or key) + 2 * kept * key
     moved = shape.batch * shape.kv_heads * read / rates.squeezed_bytes
     start = rates.squeezed_start + rates.level_start * (len(shape.clusters) - 1)
+    if shape.stand_ins:
+        start += rates.stand_in_start * len(shape.clusters)
     if shape.q_heads // shape.kv_heads * shape.queries <= 32:
         return start + moved
     return start + max(moved, row_flops * (scored / rates.score_flops + kept / rates.attend_flops))

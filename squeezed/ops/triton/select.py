@@ -51,9 +51,9 @@ def chunk_size(capacity: int, listed: bool, many: bool) -> int:
     Where a coarser level leaves a list of clusters (`listed`), each is one more read away: smaller pieces hide that.
     For `many` rows every key is an entry: programs with much to write would keep the others waiting.
     """
-    if capacity <= 16384 or many:
+    if capacity <= 16384:
         return 256
-    return 512 if listed else 1024
+    return 512 if listed or many else 1024
 
 
 def chunks_of(capacity: int, listed: bool, many: bool) -> int:

@@ -20,6 +20,7 @@ from squeezed.ops.triton import device as dev
 from squeezed.ops.triton.eight_bit import scaled_query, unpack_rows
 from squeezed.ops.triton.join import Parts, part_rows
 from squeezed.ops.triton.score import Scores
+from squeezed.ops.triton.stand_in_row import stand_in_row
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,17 @@ class StandInConfig:
     warps: int
 
 
-def stand_in_config(head_dim: int, block_rows: int, query_bytes: int) -> StandInConfig:
-    """By the bytes of a row: as many clusters a tile as leave room to load some tiles ahead."""
+def stand_in_config(head_dim: int, block_rows: int, query_bytes: int, packed: bool) -> StandInConfig:
+    """The fastest of those measured for few rows in 8 bits (docs/results/kernel-notes.md); else what leaves room.
+
+    `packed` clusters are int8; one row of such a query takes no block.
+    """
     warps = 8 if block_rows > 32 else 4
     if dev.INTERPRETED:
         return StandInConfig(32, 1, 3, warps)
-    return StandInConfig(32 if head_dim * query_bytes > 256 else 64, 3, 3, warps)
+    if head_dim * query_bytes > 256:
+        return StandInConfig(32, 3, 3, warps)
+    return StandInConfig(128, 1, 4, warps) if packed and 1 < block_rows <= 32 else StandInConfig(64, 3, 3, warps)
 
 
 @triton.jit
@@ -272,10 +278,11 @@ def attend_left_out(
     batch, kv_heads, rows, head_dim = query.shape
     problems = batch * kv_heads
     stored = rows <= dev.FEW_ROWS
+    packed = bool(levels) and levels[0].centroids.dtype == torch.int8
     block_rows = min(dev.padded_rows(rows), 64 if head_dim > 128 or query.element_size() > 2 else 128)
     block_rows = min(block_rows, 32) if dev.INTERPRETED else block_rows
     row_blocks = triton.cdiv(rows, block_rows)
-    config = stand_in_config(head_dim, block_rows, query.element_size())
+    config = stand_in_config(head_dim, 1 if packed and rows == 1 else block_rows, query.element_size(), packed)
     programs = config.programs_per_multiprocessor * dev.multiprocessors(query.device)
     wanted = max(1, programs // (problems * row_blocks))
     splits = [min(wanted, triton.cdiv(level.capacity, config.block)) for level in levels]
@@ -284,18 +291,41 @@ def attend_left_out(
         return None
     padded = part_rows(rows)
     result = Parts.empty(problems, parts, rows, head_dim, query.device)
-    common = {
+    launch = {
         "HEAD_DIM": head_dim,
-        "BLOCK_R": block_rows,
-        "PRECISION": dev.dot_precision(query.dtype),
         "PDL": dev.has_dependent_launch(query.device),
         "num_warps": config.warps,
         **dev.launch_options(query.device),
     }
+    common = {"BLOCK_R": block_rows, "PRECISION": dev.dot_precision(query.dtype), **launch}
     first = 0
     for level, count in zip(levels, splits, strict=True):
-        packed = level.centroids.dtype == torch.int8
         assert scales is not None or not packed
+        if packed and rows == 1 and scales is not None:
+            stand_in_row[(count, problems)](
+                query,
+                level.scores.logits,
+                level.values.view(torch.int32),
+                level.spread,
+                level.ids,
+                level.id_counts,
+                *scales,
+                result.out,
+                result.lse,
+                scale,
+                kv_heads,
+                level.centroids.shape[1],
+                level.capacity,
+                parts,
+                first,
+                HAS_IDS=level.ids is not None,
+                BLOCK_C=config.block,
+                STAGES=config.stages,
+                FAST=not dev.INTERPRETED,
+                **launch,
+            )
+            first += count
+            continue
         _stand_in[(row_blocks, count, problems)](
             query,
             level.log_sizes,
