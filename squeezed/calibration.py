@@ -45,6 +45,7 @@ _COARSE_FULL = 0.7  # the lowest sparsity of the paper; below it level 1 drops p
 # Histogram of log scores. A quantile is off by at most one bin: 1/64 in log score.
 _LOWEST, _BINS_PER_UNIT = -256.0, 64
 _WEIGHTS = {"cpu": 2**18, "cuda": 2**27}  # float64 weights held at once: 2 MB, or 1 GB, whatever the length
+_NOTHING = 1e-300  # a sum of weights whose inverse may not be finite: nothing is left of them
 _BINS = int(-_LOWEST * _BINS_PER_UNIT) + 1
 
 
@@ -203,6 +204,8 @@ def _histograms(
     logits = reference.centroid_logits(
         grouped.flatten(1, 2).unsqueeze(0), own.centroids, scale, own.spread, layer.scales
     ).view(*grouped.shape[:3], clusters)
+    # Padding in 8 bits is no zero: it may be hundreds above all clusters, which would leave nothing of them.
+    logits.masked_fill_((own.sizes == 0)[:, None, None], -math.inf)
     # float64: a score may be e^-100 of the row's highest, where float32 has nothing left.
     weights = (logits - logits.amax(-1, keepdim=True)).double().exp_()
     sizes = own.sizes.double()
@@ -218,7 +221,7 @@ def _histograms(
         else:
             present = everywhere * allowed.transpose(0, 1)
             denominators = (weights @ present.unsqueeze(-1)).squeeze(-1)
-        share = torch.where(denominators > 0, 1 / denominators, 0.0)
+        share = torch.where(denominators > _NOTHING, 1 / denominators, 0.0)
         scores = (share.unsqueeze(2) @ weights).squeeze(2) / weights.shape[2]
         log_scores = scores.log_().masked_fill_(present == 0, -math.inf)
         bins = ((log_scores.clamp_(min=_LOWEST, max=0.0) - _LOWEST) * _BINS_PER_UNIT).long()

@@ -75,3 +75,20 @@ def test_between_two_numbers_of_queries_the_threshold_lies_between() -> None:
     assert curves.at(0.5, 2) == pytest.approx((-7.0,))
     assert curves.at(0.5, 4) == (-6.0,)
     assert curves.at(0.5, 99) == (-6.0,)
+
+
+def test_padding_in_eight_bits_disturbs_nothing() -> None:
+    # One head has few keys to tell apart, so that most of its clusters are empty. Its channels lie far from 0, where
+    # padding is stored as the far end of each channel's range: hundreds of logits above every real cluster.
+    torch.manual_seed(5)
+    keys = torch.randn(2, 600, 16) + 40 * torch.randn(2, 1, 16)
+    keys[1] = keys[1, :7].repeat(86, 1)[:600]
+    layer = cluster_layer(keys, torch.randn_like(keys), BuildConfig(clusters=0.1, window=20, centroid_bits=8))
+    assert (layer.levels[0].sizes[1] == 0).any()
+    asked = 150 * torch.randn(4, 1000, 16)
+    curves = calibrate([layer], [[asked]], [1.0])
+    assert not curves.log_thresholds.isnan().any()
+    # The other head, whose thresholds these are too, is as it is alone.
+    blocks = asked.transpose(0, 1).unsqueeze(2)
+    _, _, kept = chain.attend_fixed(reference, blocks, layer, curves.at(0.9, 1), layer.tokens, 1.0)
+    assert float(kept[0].float().mean()) / layer.clustered == pytest.approx(0.1, abs=0.05)
