@@ -119,9 +119,9 @@ def _budget_panel(axis: Any, rows: Metrics, value: Callable[[Metrics], dict[str,
 def _style(spec: str) -> dict[str, Any]:
     if spec in _STYLES:
         return _STYLES[spec]
-    base = dict(_STYLES.get(spec.partition(":")[0], {"marker": "o"}))
-    base["color"] = _SPARE[sum(map(ord, spec)) % len(_SPARE)]
-    return base
+    spare = {"marker": "o", "color": _SPARE[sum(map(ord, spec)) % len(_SPARE)]}
+    # A method with options looks like the method, with hollow markers.
+    return {**_STYLES.get(spec.partition(":")[0], spare), "markerfacecolor": "white"}
 
 
 def _budget_ticks(axis: Any, budgets: Sequence[float]) -> None:
