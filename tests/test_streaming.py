@@ -228,8 +228,9 @@ def test_two_processes_do_not_build_into_one_folder(
 
 
 _BUILDER = """
-import sys, time
+import signal, sys, time
 sys.path.insert(0, {tests!r})
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background of a shell is told to ignore it
 import squeezed.cli, squeezed.context, squeezed.streaming
 def wait(*args, **kwargs):
     print("ready", flush=True)
