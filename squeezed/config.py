@@ -82,7 +82,8 @@ class BuildConfig:
         Left to itself, 5% as in the paper, but in short contexts up to 30%, to have 2,000: there, centroids cost little
         beside the model's weights, and small clusters are judged better. At 5,500 tokens and sparsity 0.9 SmolLM2's
         attention output errs by 3.1% with 30%, 4.2% with 20% and 6.1% with 10%, and with 20% or fewer a word that one
-        head alone looks up may be missed at any sparsity (docs/results/selection-notes.md); at 7,500 with 21%, not with 25%.
+        head alone looks up may be missed at any sparsity (docs/results/selection-notes.md); at 7,500 with 21%, not
+        with 25%.
         """
         share = self.clusters if self.clusters is not None else min(0.3, max(0.05, 2000 / keys))
         return max(1, min(keys, round(share * keys)))
