@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from squeezed.cli import app, messages, output
-from squeezed.cli.options import Device, DType, JsonFlag, load, parse_dtype, resolve_device
+from squeezed.cli.options import Device, DType, JsonFlag, load_built_with, parse_dtype, resolve_device, source_of
 
 
 @app.command()
@@ -57,18 +57,13 @@ def ask(
     if batch and follow_up:
         raise InputError("--batch and --follow-up exclude each other: turns of a conversation come one after another")
     manifest = read_manifest(context)
-    source = model or manifest.model.get("source")
-    if source is None:
-        raise InputError(f"{context} does not say where its model is; pass --model")
+    source = source_of(context, manifest, model)
     if resolve_device(device) == "cpu":
         warm_up(parse_dtype(manifest.model["dtype"]), manifest.config)
     fixed = load_context(context, verify)
     if error is not None:
         sparsity = fixed.curves.sparsity_for(error)
-    try:
-        lm, tokenizer = load(source, device, dtype if dtype != "auto" else manifest.model["dtype"])
-    except InputError as error:
-        raise InputError(f"{error}" if model else f"{error}; if the model has moved, pass --model") from error
+    lm, tokenizer = load_built_with(source, manifest, model, device, dtype)
     fixed.check_belongs_to(lm, tokenizer)
     fixed = fixed.to(lm.device) if lm.device.type != "cpu" else fixed
 

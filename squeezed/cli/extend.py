@@ -10,7 +10,7 @@ import typer
 
 from squeezed.cli import app, messages
 from squeezed.cli.build import PeakOfBuild
-from squeezed.cli.options import Device, DType, load
+from squeezed.cli.options import Device, DType, load_built_with, source_of
 from squeezed.cli.progress import Stages
 
 
@@ -25,19 +25,12 @@ def extend(
 ) -> None:
     """Add text files to the end of a prepared context. Until that is complete the folder stays as it was."""
     from squeezed.artifact import read_manifest
-    from squeezed.errors import InputError
     from squeezed.extension import extend_into, rebuild_advice
     from squeezed.text import read_files
 
     text, parts = read_files(files)
     manifest = read_manifest(context)
-    source = model or manifest.model.get("source")
-    if source is None:
-        raise InputError(f"{context} does not say where its model is; pass --model")
-    try:
-        lm, tokenizer = load(source, device, dtype if dtype != "auto" else manifest.model["dtype"])
-    except InputError as error:
-        raise InputError(f"{error}" if model else f"{error}; if the model has moved, pass --model") from error
+    lm, tokenizer = load_built_with(source_of(context, manifest, model), manifest, model, device, dtype)
     since = time.perf_counter()
     with Stages(messages) as stages, PeakOfBuild(lm.device) as peak:
         longer = extend_into(context, lm, tokenizer, [text], parts, verify, stages.update)

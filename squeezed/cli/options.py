@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from squeezed.cli import messages
 from squeezed.errors import InputError
+
+if TYPE_CHECKING:  # not imported at start-up: it brings torch
+    from squeezed.artifact import Manifest
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")]
 DType = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: float32 on CPU.")]
@@ -23,6 +27,26 @@ def load(model: str, device: str, dtype: str) -> tuple[Any, Any]:
     logging.disable_progress_bar()
     with messages.status(f"loading {model}"):
         return load_model(model, resolve_device(device), parse_dtype(dtype))
+
+
+def source_of(context: Path, manifest: Manifest, model: str | None) -> str:
+    """Where the model of a prepared context is: where the user says, or where it was at the build.
+
+    Raises:
+        InputError: neither says.
+    """
+    source = model or manifest.model.get("source")
+    if source is None:
+        raise InputError(f"{context} does not say where its model is; pass --model")
+    return source
+
+
+def load_built_with(source: str, manifest: Manifest, model: str | None, device: str, dtype: str) -> tuple[Any, Any]:
+    """`load` of what `source_of` found, in the dtype of the build unless told otherwise."""
+    try:
+        return load(source, device, dtype if dtype != "auto" else manifest.model["dtype"])
+    except InputError as error:
+        raise InputError(f"{error}" if model else f"{error}; if the model has moved, pass --model") from error
 
 
 def resolve_device(device: str) -> str:
