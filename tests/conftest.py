@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 # Before torch and the compiled loops start their pools.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,6 +17,7 @@ import tiny
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from squeezed.cli import main
 from squeezed.context import FixedContext
 
 
@@ -31,6 +33,21 @@ def one_thread() -> Iterator[None]:
 def ended_by_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever ends a test run ends it: the command line would take the signal for its user's and fail a sound test."""
     monkeypatch.setattr("squeezed.cli._interrupt", signal.SIG_DFL)
+
+
+@pytest.fixture
+def run_squeeze(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> tiny.Run:
+    """`squeeze ...` in this process: exit status, standard output and standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["squeeze", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as leaving:
+            main()
+        out, err = capfd.readouterr()
+        return int(leaving.value.code or 0), out, err
+
+    return run
 
 
 @pytest.fixture(scope="session")

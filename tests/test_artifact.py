@@ -10,8 +10,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -34,17 +34,6 @@ def saved(context: FixedContext, tmp_path: Path) -> Path:
     return folder
 
 
-def tensors(part: object) -> Iterator[Tensor]:
-    """All tensors of a context or a part of it, in order."""
-    for field in fields(part):  # type: ignore[arg-type]
-        value = getattr(part, field.name)
-        for item in value if isinstance(value, tuple) else (value,):
-            if isinstance(item, Tensor):
-                yield item
-            elif hasattr(item, "__dataclass_fields__"):
-                yield from tensors(item)
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma3-sliding"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("levels", [1, 2])
@@ -56,7 +45,7 @@ def test_a_round_trip_is_bit_equal(
     before = FixedContext.from_text(lm, tokenizer, tiny.text(), config)
     before.save(tmp_path / "manual")
     after = FixedContext.load(tmp_path / "manual", lm, tokenizer)
-    ours, theirs = list(tensors(before)), list(tensors(after))
+    ours, theirs = list(tiny.tensors(before)), list(tiny.tensors(after))
     assert len(ours) == len(theirs) > len(before.layers)
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == b.dtype

@@ -10,8 +10,8 @@ import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +35,8 @@ class Killed(BaseException):
     """Nothing may catch it, as nothing catches a kill."""
 
 
-def tensors(part: object) -> Iterator[Tensor]:
-    """All tensors of a context or a part of it, in order."""
-    for field in fields(part):  # type: ignore[arg-type]
-        value = getattr(part, field.name)
-        for item in value if isinstance(value, tuple) else (value,):
-            if isinstance(item, Tensor):
-                yield item
-            elif hasattr(item, "__dataclass_fields__"):
-                yield from tensors(item)
-
-
 def assert_same(found: FixedContext, expected: FixedContext) -> None:
-    ours, theirs = list(tensors(found)), list(tensors(expected))
+    ours, theirs = list(tiny.tensors(found)), list(tiny.tensors(expected))
     assert len(ours) == len(theirs) > len(expected.layers)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     for name in ("seam", "parts", "text", "config", "model", "tokenizer"):

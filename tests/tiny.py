@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+Run = Callable[..., tuple[int, str, str]]
 BUILD = BuildConfig(clusters=0.1, window=24, chunk=96, iterations=5)
 QUESTIONS = ("Who?", "what is the second word of the text, and why?", "list three words.")
 
@@ -196,3 +198,14 @@ def generate(lm: PreTrainedModel, new_tokens: int = 16, **inputs: Any) -> tuple[
 def relative_error(found: Tensor, expected: Tensor) -> float:
     found, expected = found.double(), expected.double()
     return float((found - expected).norm() / expected.norm())
+
+
+def tensors(part: object) -> Iterator[Tensor]:
+    """All tensors of a context or a part of it, in order."""
+    for field in fields(part):  # type: ignore[arg-type]
+        value = getattr(part, field.name)
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, Tensor):
+                yield item
+            elif hasattr(item, "__dataclass_fields__"):
+                yield from tensors(item)

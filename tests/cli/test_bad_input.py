@@ -16,7 +16,6 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from squeezed import artifact
-from squeezed.cli import main
 from squeezed.context import FixedContext
 
 
@@ -44,19 +43,15 @@ class Command:
 
 
 @pytest.fixture
-def squeeze(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+def squeeze(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_squeeze: tiny.Run) -> Command:
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: object) -> tuple[int, str, list[str]]:
-        monkeypatch.setattr(sys, "argv", ["squeeze", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as leaving:
-            main()
-        out, err = capfd.readouterr()
+        status, out, err = run_squeeze(*arguments)
         lines = err.splitlines()
-        if leaving.value.code == 0 or any("prefill" in line for line in lines):  # the bars of stages that were begun
+        if status == 0 or any("prefill" in line for line in lines):  # the bars of stages that were begun
             lines = [line for line in lines if line.startswith("squeeze: ") or "Traceback" in line]
-        return int(leaving.value.code or 0), out, lines
+        return status, out, lines
 
     return Command(run, tmp_path)
 

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from squeezed.cli import main
 from squeezed.context import FixedContext
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -23,27 +18,18 @@ def squeeze(
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> Run:
+    run_squeeze: tiny.Run,
+) -> tiny.Run:
     """The command in a folder with a model and the texts a.txt, b.txt and c.txt: exit status and both outputs."""
     llama.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     for number, name in enumerate(("a.txt", "b.txt", "c.txt")):
         (tmp_path / name).write_text(tiny.text(300, seed=number))
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["squeeze", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as leaving:
-            main()
-        out, err = capfd.readouterr()
-        return int(leaving.value.code or 0), out, err
-
-    return run
+    return run_squeeze
 
 
-def test_files_are_added_and_can_be_asked_about(squeeze: Run, tmp_path: Path) -> None:
+def test_files_are_added_and_can_be_asked_about(squeeze: tiny.Run, tmp_path: Path) -> None:
     assert squeeze("build", "model", "a.txt", "-o", "book", "--window", 24)[0] == 0
     before = FixedContext.load(tmp_path / "book")
     status, _, said = squeeze("extend", "book", "b.txt", "c.txt")
@@ -63,7 +49,7 @@ def test_files_are_added_and_can_be_asked_about(squeeze: Run, tmp_path: Path) ->
     assert json.loads(out)["extensions"] == list(after.extensions)
 
 
-def test_it_is_said_when_building_again_would_pay(squeeze: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_said_when_building_again_would_pay(squeeze: tiny.Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert squeeze("build", "model", "a.txt", "-o", "book", "--window", 24)[0] == 0
     monkeypatch.setattr("squeezed.extension._MANY_CLUSTERS", 0.1)
     assert "building it again would pay: it has" in squeeze("extend", "book", "b.txt")[2]
@@ -81,7 +67,7 @@ def test_it_is_said_when_building_again_would_pay(squeeze: Run, monkeypatch: pyt
     ],
 )
 def test_what_can_not_be_done_is_said_in_one_line(
-    arguments: tuple[str, ...], reason: str, squeeze: Run, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    arguments: tuple[str, ...], reason: str, squeeze: tiny.Run, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     assert squeeze("build", "model", "a.txt", "-o", "book", "--window", 24)[0] == 0
     tiny.model("llama", seed=1).save_pretrained(tmp_path / "other")
@@ -100,7 +86,7 @@ def test_what_can_not_be_done_is_said_in_one_line(
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
-def test_a_damaged_context_is_not_extended(squeeze: Run, tmp_path: Path) -> None:
+def test_a_damaged_context_is_not_extended(squeeze: tiny.Run, tmp_path: Path) -> None:
     assert squeeze("build", "model", "a.txt", "-o", "book", "--window", 24)[0] == 0
     path = tmp_path / "book" / "layer-001.safetensors"
     raw = bytearray(path.read_bytes())

@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from squeezed.cli import main
-
-Run = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture
-def squeeze(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+def squeeze(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_squeeze: tiny.Run) -> tiny.Run:
     """Exit status, standard output and standard error of `squeeze ...`."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["squeeze", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as leaving:
-            main()
-        out, err = capfd.readouterr()
-        return int(leaving.value.code or 0), out, err
-
-    return run
+    return run_squeeze
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +44,7 @@ def model_folder(
     ],
 )
 def test_bad_input_is_refused_in_one_line(
-    arguments: list[str], complaint: str, squeeze: Run, model_folder: Path
+    arguments: list[str], complaint: str, squeeze: tiny.Run, model_folder: Path
 ) -> None:
     status, _, err = squeeze("eval", *(str(model_folder) if part == "MODEL" else part for part in arguments))
     assert status == 2
@@ -69,7 +54,7 @@ def test_bad_input_is_refused_in_one_line(
     assert "Traceback" not in err
 
 
-def test_a_run_is_written_continued_and_compared(squeeze: Run, model_folder: Path, tmp_path: Path) -> None:
+def test_a_run_is_written_continued_and_compared(squeeze: tiny.Run, model_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(tiny.text(3000))
     words = ["eval", "fidelity", "--model", model_folder, "--data", "text.txt", "--length", 512, "--samples", 2]
     words += ["-o", "run", "--budget", 0.3]
@@ -99,7 +84,7 @@ def test_a_run_is_written_continued_and_compared(squeeze: Run, model_folder: Pat
     assert "holds no run" in err
 
 
-def test_workers_share_a_run_and_find_the_same(squeeze: Run, model_folder: Path, tmp_path: Path) -> None:
+def test_workers_share_a_run_and_find_the_same(squeeze: tiny.Run, model_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(tiny.text(3000))
     words = ["eval", "perplexity", "--model", model_folder, "--data", "text.txt", "--length", 512, "--samples", 2]
     words += ["--methods", "streaming", "--budget", 0.4]
