@@ -222,8 +222,8 @@ class _Groups(NamedTuple):
 def _group(centres: Centres, size: int, width: int) -> _Groups:
     """Groups of `size` clusters that lie near one another, all equally large, whatever the keys look like.
 
-    A group's candidates are the clusters nearest to its mean, and the nearest other one of each of its own: where
-    clusters lie in all directions alike, few that matter are near the mean.
+    A group's candidates are its own clusters, those nearest to its mean, and the nearest other one of each of its own:
+    where clusters lie in all directions alike, few that matter are near the mean.
     """
     heads, clusters, _ = centres.rows.shape
     itself = torch.arange(clusters, device=centres.rows.device).expand(heads, -1)
@@ -236,15 +236,19 @@ def _group(centres: Centres, size: int, width: int) -> _Groups:
     starts = torch.arange(0, clusters + size, size, device=itself.device).clamp(max=clusters).expand(heads, -1)
     means = run_means(centres.rows, None, starts.contiguous())
     groups = means.shape[1]
-    members = torch.arange(groups * size, device=itself.device).clamp(max=clusters - 1).view(groups, size)
-    partners = nearest_other(centres, None)[:, members]
-    near = torch.empty(heads, groups, width - size, dtype=torch.int64, device=itself.device)
+    members = torch.arange(groups * size, device=itself.device).view(groups, size)
+    within = members.clamp(max=clusters - 1)
+    near = torch.empty(heads, groups, width - 2 * size, dtype=torch.int64, device=itself.device)
     step = max(1, _DISTANCES[itself.device.type] // (heads * clusters))
     for some in torch.arange(groups, device=itself.device).split(step):
         distances = torch.baddbmm(centres.squares.unsqueeze(1), means[:, some], centres.rows.transpose(1, 2), alpha=-2)
-        distances.scatter_(2, members[some].expand(heads, -1, -1), -FAR)  # its own belong to it in any case
-        near[:, some] = distances.topk(width - size, dim=-1, largest=False).indices
-    return _Groups(number, starts, torch.cat([near, partners], dim=2).to(places(means)), means)
+        distances.scatter_(2, within[some].expand(heads, -1, -1), FAR)
+        near[:, some] = distances.topk(width - 2 * size, dim=-1, largest=False).indices
+    # Its own are there once, so that a row may be kept from the one it is in.
+    partners = nearest_other(centres, None)[:, within]
+    partners = torch.where(partners // size == members[:, :1] // size, near[..., :1], partners)
+    own = torch.where(members < clusters, members, near[..., :1])
+    return _Groups(number, starts, torch.cat([own, near, partners], dim=2).to(places(means)), means)
 
 
 def _by_pivot(centres: Centres, pivots: int) -> Tensor:

@@ -26,7 +26,8 @@ class Buckets(NamedTuple):
     Attributes:
         order: [H, n], the rows bucket by bucket.
         starts: [H, G + 1], bucket g's rows are order[starts[g] : starts[g + 1]].
-        candidates: [H, G, M], clusters; None is one bucket, for which every cluster is one.
+        candidates: [H, G, M], clusters; None is one bucket, for which every cluster is one. Where a row has a cluster
+            that it may leave, its bucket's candidates begin with the clusters of the bucket's rows, in order and once.
     """
 
     order: Tensor
@@ -298,7 +299,7 @@ def _settle(
     mean = centres.rows.flatten(0, 1).index_select(0, place.flatten()).view_as(x)
     distance -= 2 * (x * mean).sum(-1)
     distance.clamp_(min=_NEAR)
-    least, which = scores.masked_fill_(ids.unsqueeze(1) == own.unsqueeze(-1), FAR).min(-1)
+    least, which = scores.scatter_(2, (own - ids[:, :1]).unsqueeze(-1), FAR).min(-1)
     better = least < leave.flatten()[place] * distance
     labels.view(-1)[chosen] = torch.where(better, ids.gather(1, which), own)
 
