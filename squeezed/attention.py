@@ -17,9 +17,12 @@ from squeezed.cache import FixedLayer, FixedSlidingLayer, PrefillLayer, Read
 from squeezed.decode import own
 from squeezed.masks import NAME
 from squeezed.models import attention_modules, plan_layers
-from squeezed.ops import dense
+from squeezed.ops import dense, voting
+from squeezed.ops.layout import ClusteredKeys
 
 _OWN_LOGITS = 2**25  # logits over own tokens held at once: 128 MB
+_LISTED = 2**27  # keys that one call's work lists have room for: 512 MB
+_BLOCKS = 8  # in one call; they fill any machine, and kernels are compiled anew for twice as many
 
 
 def squeezed_attention(
@@ -67,9 +70,9 @@ def real_tokens(attention_mask: Tensor | None, query: Tensor) -> list[slice] | N
 def attend_fixed(query: Tensor, layer: FixedLayer, real: list[slice] | None, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of all queries to the fixed part: output [B, Hq, M, D] float32 and lse [B, Hq, M].
 
-    A short question's queries each select for themselves; a longer one's are taken in blocks that share a selection.
-    Blocks start at each question's own first token, never at its padding, so that a question's answer does not depend
-    on its batch neighbours.
+    A short question's queries each select for themselves; a longer one's are taken in blocks that share a selection,
+    many in one call: each block is to the operator what a question of a batch is. Blocks start at each question's own
+    first token, never at its padding, so that a question's answer does not depend on its batch neighbours.
     """
     if layer.observed is not None:
         layer.observed.append(query)
@@ -83,16 +86,32 @@ def attend_fixed(query: Tensor, layer: FixedLayer, real: list[slice] | None, sca
     for row in range(query.shape[0]):
         span = real[row] if real else slice(0, queries)
         block = selection.block_of(span.stop - span.start, layer.index)
-        if block == 1:
-            # Each query as a question of a batch of its own: one call, and still one copy of the context.
-            own = query[row, :, span].transpose(0, 1).unsqueeze(2)
-            found, found_lse = _attend_block(own, layer, slice(row, row + 1), False, scale)
-            output[row, :, span], lse[row, :, span] = found[:, :, 0].transpose(0, 1), found_lse[:, :, 0].T
-            continue
-        for first in range(span.start, span.stop, block):
-            part = (slice(row, row + 1), slice(None), slice(first, min(first + block, span.stop)))
-            output[part], lse[part] = _attend_block(query[part], layer, part[0], False, scale)
+        for part in _calls(span, block, _blocks_at_once(query, layer.index, block)):
+            size = min(block, part.stop - part.start)
+            # [blocks, Hq, queries of a block, D]
+            blocks = query[row, :, part].unflatten(1, (-1, size)).transpose(0, 1)
+            found, found_lse = _attend_block(blocks, layer, slice(row, row + 1), False, scale)
+            output[row, :, part], lse[row, :, part] = (x.transpose(0, 1).flatten(1, 2) for x in (found, found_lse))
     return output, lse
+
+
+def _blocks_at_once(query: Tensor, index: ClusteredKeys, block: int) -> int:
+    """Most blocks of a question to attend in one call: as many as there is memory for.
+
+    On a CPU a call costs nothing, and the logits of many queries fill its caches: one after another, except single
+    queries, whose loops share the cores.
+    """
+    room = max(1, _LISTED // (index.keys.shape[0] * index.tokens))
+    if block == 1:
+        return room
+    return min(_BLOCKS, room) if query.is_cuda else 1
+
+
+def _calls(span: slice, block: int, at_once: int) -> list[slice]:
+    """The queries of `span` in calls of up to `at_once` blocks; a shorter last block in a call of its own."""
+    whole = span.start + (span.stop - span.start) // block * block
+    starts = [*range(span.start, whole, at_once * block), whole]
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], span.stop], strict=True) if a < b]
 
 
 def _attend_block(query: Tensor, layer: FixedLayer, rows: slice, decode: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -108,7 +127,7 @@ def _attend_once(query: Tensor, layer: FixedLayer, scale: float) -> tuple[Tensor
     if dense.serves(query, index.keys) and takes_everything(query, layer):
         return *dense.attend_dense(query, index.keys, index.values, end, scale), None
     thresholds = layer.selection.thresholds(query)
-    output, lse, kept = ops.attend_fixed(query, index, thresholds, end, scale)
+    output, lse, kept = ops.attend_fixed(query, index, thresholds, end, scale, layer.selection.voters)
     return output, lse, None if thresholds is None else kept
 
 
@@ -123,7 +142,6 @@ def takes_everything(query: Tensor, layer: FixedLayer) -> bool:
 
     batch, q_heads, queries, dim = query.shape
     block = selection.block_of(queries, index)
-    alone, calls = (queries, 1) if block == 1 else (1, -(-queries // block))
     whole = AttentionShape(
         batch=batch,
         q_heads=q_heads,
@@ -136,9 +154,10 @@ def takes_everything(query: Tensor, layer: FixedLayer) -> bool:
         key_bytes=index.keys.element_size(),
         centroid_bytes=index.centroid_bytes,
         stand_ins=index.levels[0].values is not None,
+        voters=voting.voters(block, selection.voters),
     )
-    part = replace(whole, batch=batch * alone, queries=block)
-    return dense_microseconds(whole) <= calls * squeezed_microseconds(part)
+    in_blocks = replace(whole, batch=batch * -(-queries // block), queries=block)
+    return dense_microseconds(whole) <= squeezed_microseconds(in_blocks)
 
 
 def attend_step(

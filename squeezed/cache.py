@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from squeezed.calibration import ThresholdCurves
 from squeezed.decode.own import OwnTokens
+from squeezed.ops import voting
 from squeezed.ops.layout import ClusteredKeys
 from squeezed.query_metric import add_moment
 
@@ -81,7 +82,9 @@ class Selection:
     Attributes:
         curves: None attends to everything (dense).
         sparsity: share of the clustered keys to leave out.
-        block: most queries of a longer question that share one selection.
+        block: most queries of a longer question that share one selection. More make it faster and coarser: of 256, 512
+            and 1,024, one of 1,024 errs 15% to 25% more than four of 256 (docs/results/selection-notes.md).
+        voters: most queries of a block by which clusters are scored, see `squeezed.ops.voting`; None: all of them.
         alone: most queries times keys for which each query of a question selects for itself. Sharing a selection costs
             less time but finds less: of the demo's 15 questions at sparsity 0.9, SmolLM2 answers 14 if each query
             selects, 13 with blocks of 8, 12 with one selection for the whole question, and 14 dense.
@@ -91,6 +94,7 @@ class Selection:
     curves: ThresholdCurves | None
     sparsity: float = 0.0
     block: int = 256
+    voters: int | None = None
     alone: int = 2**20
     adaptive: bool = False
     _on_device: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
@@ -107,12 +111,12 @@ class Selection:
         """Log threshold per level for the M queries of [B, Hq, M, D]; on a GPU a tensor there, made once."""
         if self.curves is None or self.sparsity == 0:
             return None
-        queries = query.shape[2]
+        averaged = voting.voters(query.shape[2], self.voters)
         if not query.is_cuda:
-            return self.curves.at(self.sparsity, queries)
-        if queries not in self._on_device:
-            self._on_device[queries] = torch.tensor(self.curves.at(self.sparsity, queries), device=query.device)
-        return self._on_device[queries]
+            return self.curves.at(self.sparsity, averaged)
+        if averaged not in self._on_device:
+            self._on_device[averaged] = torch.tensor(self.curves.at(self.sparsity, averaged), device=query.device)
+        return self._on_device[averaged]
 
 
 @dataclass(eq=False)

@@ -35,6 +35,8 @@ class BuildConfig:
         centroid_bits: 8, or 16 for centroids and their values in the model's own dtype.
         key_bits: 8, or 16 for clustered keys and values in the model's own dtype. With 8, half of sparsity 0's bytes
             are read, but it is no longer the model's own attention to rounding.
+        voters: most queries of a long question's block by which clusters are scored, see `squeezed.ops.voting`; None:
+            all of them (paper).
         calibration: whose queries set the thresholds: `questions` asked of the context, or the `window` (paper).
         chunk: tokens per prefill chunk; bounds memory, changes nothing else.
         iterations: most Lloyd iterations of k-means.
@@ -49,6 +51,7 @@ class BuildConfig:
     compensate: bool = True
     centroid_bits: int = 8
     key_bits: int = 16
+    voters: int | None = 128
     calibration: str = "questions"
     chunk: int = 512
     iterations: int = 20
@@ -68,6 +71,9 @@ class BuildConfig:
         _require(
             self.centroid_bits <= self.key_bits,
             "centroid_bits is 16 and key_bits 8: more bits for centroids than for keys gain nothing; set both to 8",
+        )
+        _require(
+            self.voters is None or self.voters >= 1, f"voters is {self.voters}: expected at least 1, or None for all"
         )
         _require(
             self.calibration in ("questions", "window"),
@@ -102,6 +108,7 @@ PRESETS: dict[str, BuildConfig] = {
         second_order=False,
         compensate=False,
         centroid_bits=16,
+        voters=None,
         calibration="window",
     ),
 }

@@ -319,7 +319,8 @@ class FixedContext:
         Raises:
             InputError: sparsity outside 0 to 1.
         """
-        selection = Selection(None if dense else self.curves, check_sparsity(sparsity), adaptive=adaptive)
+        curves = None if dense else self.curves
+        selection = Selection(curves, check_sparsity(sparsity), voters=self.config.voters, adaptive=adaptive)
         layers = [question_layer(layer, selection, self.tokens, given_up) for layer in self.layers]
         return SqueezedCache(layers)
 

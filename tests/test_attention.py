@@ -65,9 +65,16 @@ def causal(batch: int, queries: int, length: int, padding: list[int] | None = No
     return mask
 
 
-def layer(made: Context, sparsity: float, window_end: int = TOKENS, block: int = 256, alone: int = 0) -> FixedLayer:
+def layer(
+    made: Context,
+    sparsity: float,
+    window_end: int = TOKENS,
+    block: int = 256,
+    alone: int = 0,
+    voters: int | None = None,
+) -> FixedLayer:
     """By default the queries of a question share selections; `alone` is large where each selects for itself."""
-    return FixedLayer(made.index, Selection(made.curves, sparsity, block, alone), window_end)
+    return FixedLayer(made.index, Selection(made.curves, sparsity, block, voters, alone), window_end)
 
 
 def attend(fixed: FixedLayer, query: Tensor, own: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
@@ -300,6 +307,35 @@ def test_a_long_question_shares_a_selection_per_block() -> None:
         part = query[:, :, first : first + 4]
         expected = judged(made, part, own, mask[:, :, first : first + 4], selected_keys(made, part, 0.8))
         assert tiny.relative_error(found[:, :, first : first + 4], expected) < 1e-5
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_the_evenly_spaced_voters_of_a_block_select_for_all_of_it(levels: int) -> None:
+    made, query, own, mask = context(levels), queries(1, 20), own_tokens(1, 20), causal(1, 20, 20)
+    found = attend(layer(made, 0.8, block=12, voters=4), query, own, mask)
+    for block, voting in ((slice(0, 12), (1, 4, 7, 10)), (slice(12, 20), (13, 15, 17, 19))):
+        kept = selected_keys(made, query[:, :, voting], 0.8)
+        assert not torch.equal(kept, selected_keys(made, query[:, :, block], 0.8))
+        expected = judged(made, query[:, :, block], own, mask[:, :, block], kept)
+        assert tiny.relative_error(found[:, :, block], expected) < 1e-5
+
+
+@pytest.mark.parametrize("at_once", [2, 3, 100])
+def test_blocks_in_one_call_are_attended_as_one_by_one(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, query, own = context(), queries(2, 23), own_tokens(2, 23)
+    mask = causal(2, 23, 23, [0, 6])
+    one_by_one = layer(made, 0.8, block=4, voters=2)
+    expected = attend(one_by_one, query, own, mask)
+    monkeypatch.setattr("squeezed.attention._blocks_at_once", lambda *_: at_once)
+    together = layer(made, 0.8, block=4, voters=2)
+    torch.testing.assert_close(attend(together, query, own, mask), expected, rtol=1e-5, atol=1e-5)
+    assert len(together.reads) < len(one_by_one.reads)
+    for row in range(2):
+        usages = (fixed.usage(decode=False).question(row) for fixed in (together, one_by_one))
+        found, wanted = (vars(usage) for usage in usages)
+        assert {name: float(value) for name, value in found.items()} == pytest.approx(
+            {name: float(value) for name, value in wanted.items()}
+        )
 
 
 def test_what_a_question_reads_counts_as_prefill_whatever_its_length() -> None:

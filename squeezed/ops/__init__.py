@@ -18,7 +18,12 @@ _GPU_HEAD_DIMS = (16, 32, 64, 128, 256)
 
 
 def attend_fixed(
-    query: Tensor, index: ClusteredKeys, log_thresholds: Thresholds | Tensor | None, window_end: int, scale: float
+    query: Tensor,
+    index: ClusteredKeys,
+    log_thresholds: Thresholds | Tensor | None,
+    window_end: int,
+    scale: float,
+    voters: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`squeezed.ops.chain.attend_fixed`; on a GPU the thresholds are a [levels] float32 tensor there."""
     if uses_triton(query):
@@ -27,14 +32,14 @@ def attend_fixed(
         if log_thresholds is None:
             log_thresholds = torch.full((len(index.levels),), float("-inf"), device=query.device)
         assert isinstance(log_thresholds, Tensor)
-        return triton.attend_fixed(query, index, log_thresholds, window_end, scale)
+        return triton.attend_fixed(query, index, log_thresholds, window_end, scale, voters)
     if isinstance(log_thresholds, Tensor):
         log_thresholds = tuple(log_thresholds.tolist())
     if query.device.type == "cpu":
         from squeezed.ops import cpu
 
-        return chain.attend_fixed(cpu, query, index, log_thresholds, window_end, scale)
-    return chain.attend_fixed(reference, query, index, log_thresholds, window_end, scale)
+        return chain.attend_fixed(cpu, query, index, log_thresholds, window_end, scale, voters)
+    return chain.attend_fixed(reference, query, index, log_thresholds, window_end, scale, voters)
 
 
 def merge_attention(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from squeezed.ops.layout import ClusteredKeys
+from squeezed.ops.voting import voting
 
 
 def attend_fixed(
@@ -17,6 +18,7 @@ def attend_fixed(
     log_thresholds: tuple[float, ...] | None,
     window_end: int,
     scale: float,
+    voters: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of M queries that share a selection to one layer's fixed context.
 
@@ -25,6 +27,7 @@ def attend_fixed(
         query: [B, Hq, M, D].
         log_thresholds: per level, finest first; None attends to every key without looking at centroids.
         window_end: keys [index.clustered, window_end) are always attended.
+        voters: most of the M queries by which clusters are scored, see `squeezed.ops.voting`; None: all.
 
     Returns:
         output [B, Hq, M, D] float32, lse [B, Hq, M] float32, and kept [levels, B, Hk] int64, finest first: the
@@ -44,10 +47,11 @@ def attend_fixed(
             query, index.keys, index.values, finest.offsets, None, window, scale, index.scales
         )
         return *_joined(ops, [attended, *parts]), kept
+    asking = query[:, :, voting(query.shape[2], voters)]
     allowed: Tensor | None = None
     for depth in reversed(range(len(index.levels))):
         level = index.levels[depth]
-        scores = ops.score_centroids(query, level.centroids, level.sizes, scale, allowed, level.spread, index.scales)
+        scores = ops.score_centroids(asking, level.centroids, level.sizes, scale, allowed, level.spread, index.scales)
         selected = ops.select_clusters(scores, log_thresholds[depth])
         if level.values is not None:
             left_out = (level.sizes > 0) & ~selected

@@ -151,9 +151,18 @@ def judge(
 
 
 def judge_whole(
-    query: Tensor, layer: ClusteredKeys, log_thresholds: Tensor | list[float], window_end: int, scale: float
+    query: Tensor,
+    layer: ClusteredKeys,
+    log_thresholds: Tensor | list[float],
+    window_end: int,
+    scale: float,
+    asking: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """float64 softmax over selected keys, the window, and a stand-in of N_i keys for every cluster left out."""
+    """float64 softmax over selected keys, the window, and a stand-in of N_i keys for every cluster left out.
+
+    `asking`: the queries by which clusters are scored; by default all.
+    """
+    asking = query if asking is None else asking
     batch, q_heads, queries, head_dim = query.shape
     kv_heads, tokens, _ = layer.keys.shape
     keys, values = _rows(layer, layer.keys, layer.values)
@@ -164,7 +173,9 @@ def judge_whole(
     rows, means, bias, kept, allowed = [keys], [values], [torch.zeros(kv_heads, tokens).to(keys)], [], None
     for depth in reversed(range(len(layer.levels))):
         here = layer.levels[depth]
-        scores = reference.score_centroids(query, here.centroids, here.sizes, scale, allowed, here.spread, layer.scales)
+        scores = reference.score_centroids(
+            asking, here.centroids, here.sizes, scale, allowed, here.spread, layer.scales
+        )
         selected = reference.select_clusters(scores, float(log_thresholds[depth]))
         if here.values is not None:
             centroids, centroid_values = _rows(layer, here.centroids, here.values)

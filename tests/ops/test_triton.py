@@ -16,7 +16,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from squeezed.ops import reference
+from squeezed.ops import chain, cpu, reference
 from squeezed.ops.layout import ClusteredKeys
 from squeezed.ops.triton import attend, attend_fixed, merge_attention
 from squeezed.ops.triton import device as dev
@@ -37,6 +37,8 @@ from tests.ops.cases import (
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+# Scaled queries for rows in 8 bits are float16 unless the queries are float32.
+STORED_TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 1.5e-2}
 
 SMALL = [
     Case(),
@@ -192,6 +194,52 @@ def test_a_question_is_answered_alike_alone_and_in_a_batch() -> None:
         assert torch.equal(together[2][:, index : index + 1], alone[2])
 
 
+VOTED = [
+    (Case(queries=50, q_heads=4, levels=2, clusters=70, seed=31), 7),
+    (Case(batch=3, queries=33, levels=3, clusters=65, seed=32), 16),
+    (Case(batch=2, queries=40, q_heads=4, kv_heads=1, dtype=torch.float16, second_order=True, seed=33), 39),
+    (Case(queries=6, q_heads=4, levels=2, seed=34), 4),
+    (Case(queries=6, q_heads=4, compensate=True, centroid_bits=8, second_order=True, seed=35), 1),
+    (Case(batch=2, queries=40, q_heads=4, levels=2, compensate=True, centroid_bits=8, second_order=True, seed=36), 5),
+]
+
+
+@on_device
+@pytest.mark.parametrize(("case", "most"), VOTED, ids=range(len(VOTED)))
+def test_a_few_queries_select_for_all(case: Case, most: int) -> None:
+    query, layer, _, scale = setup(case)
+    step = -(-case.queries // most)
+    asking = query[:, :, step // 2 :: step]
+    assert 1 <= asking.shape[2] <= most
+    thresholds = quantile_thresholds(asking, layer, scale, 0.3)
+    output, lse, kept = attend_fixed(query, layer, thresholds, layer.tokens, scale, most)
+    selected = reference_selection(asking, layer, thresholds, scale)
+    assert torch.equal(kept[0].long(), reference.kept_keys(selected, layer.levels[0].sizes).long())
+    assert 0 < kept[0].sum() < case.batch * case.kv_heads * layer.clustered
+    expected, expected_lse = judge_whole(query, layer, thresholds, layer.tokens, scale, asking)
+    assert relative_error(output, expected) < STORED_TOLERANCE[case.dtype]
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-3, atol=1e-2)
+    for ops in (reference, cpu):
+        if INTERPRETED:
+            same = chain.attend_fixed(ops, query, layer, tuple(thresholds.tolist()), layer.tokens, scale, most)
+            assert relative_error(same[0], expected) < STORED_TOLERANCE[case.dtype]
+            assert torch.equal(same[2][0], kept[0].long())
+
+
+@on_device
+@pytest.mark.parametrize("voters", [None, 8])
+@pytest.mark.parametrize("levels", [1, 2])
+def test_blocks_of_a_question_are_attended_alike_in_one_call_and_one_by_one(levels: int, voters: int | None) -> None:
+    case = Case(batch=3, q_heads=4, queries=20, levels=levels, clusters=60, compensate=True, centroid_bits=8, seed=37)
+    query, layer, thresholds, scale = setup(case)
+    together = attend_fixed(query, layer, thresholds, layer.tokens, scale, voters)
+    for index in range(3):
+        alone = attend_fixed(query[index : index + 1], layer, thresholds, layer.tokens, scale, voters)
+        torch.testing.assert_close(together[0][index : index + 1], alone[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together[1][index : index + 1], alone[1], rtol=1e-4, atol=1e-4)
+        assert torch.equal(together[2][:, index : index + 1], alone[2])
+
+
 @on_device
 def test_repeated_calls_give_the_same_bits() -> None:
     case = Case(batch=2, q_heads=4, clusters=300, seed=14)
@@ -220,8 +268,6 @@ STORED_LARGE = [
     for bits in (16, 8)
     for q_heads, queries, levels, batch in ((2, 1, 1, 2), (8, 1, 2, 1), (4, 300, 2, 1))
 ]  # fmt: skip
-# Scaled queries for rows in 8 bits are float16 unless the queries are float32.
-STORED_TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 1.5e-2}
 
 
 def assert_matches_whole(case: Case, keep: float | None = None, short: int = 3) -> None:
@@ -297,7 +343,7 @@ def test_the_operator_is_registered_with_a_matching_fake() -> None:
     query, layer, thresholds, scale = setup(case)
     level = layer.levels[0]
     arguments = (query, layer.keys, layer.values, [level.centroids], [level.sizes], [level.offsets])
-    rest = (layer.clustered, thresholds, layer.tokens, scale, [], [], [], [])
+    rest = (layer.clustered, thresholds, layer.tokens, scale, [], [], [], [], None)
     torch.library.opcheck(
         torch.ops.squeezed.attend_fixed.default, (*arguments, *rest), test_utils=("test_schema", "test_faketensor")
     )

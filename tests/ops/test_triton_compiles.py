@@ -54,6 +54,8 @@ for case in (
     layer, query = make_layer(case), make_query(case)
     thresholds = torch.zeros(case.levels)
     attend_fixed(query, layer, thresholds, layer.tokens, 0.1)
+    if case.queries > 1:
+        attend_fixed(query.repeat(2, 1, 1, 1), layer, thresholds, layer.tokens, 0.1, 8)
     if case.queries == 1:
         held = torch.zeros(1, case.kv_heads, 70, case.head_dim, dtype=half)
         lengths, running = torch.zeros(1, dtype=torch.int32), torch.ones(1, dtype=torch.int64)

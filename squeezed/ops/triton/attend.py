@@ -1,7 +1,8 @@
 """Exact attention over a work list: stream-K over the tiles of all heads, then a launch that joins the parts.
 
-The tiles of all questions and heads form one row; each group of programs takes an equal, contiguous share of it, so the
-machine stays full however unequally heads keep keys. A group has one program per block of query rows; these read the
+The tiles of all heads and questions form one row, the questions of a head side by side, since they keep much the same
+keys; each group of programs takes an equal, contiguous share of it, so the machine stays full however unequally heads
+keep keys. A group has one program per block of query rows; these read the
 same keys at the same time, so that the L2 cache serves all but the first. Every group leaves a partial result for each
 head it meets, and these are joined in a fixed order: no atomics, the same sums in every run.
 """
@@ -110,13 +111,16 @@ def _attend(
     PDL: tl.constexpr,
 ):
     """PACKED: numbers in a word of keys and values, 4 if they are int8."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     group = tl.program_id(0) // row_blocks
     row_block = tl.program_id(0) % row_blocks
     problem_index = tl.arange(0, BLOCK_PROBLEMS)
-    count = tl.load(counts + problem_index, mask=problem_index < problems, other=0)
+    # The row's order is head by head; everything in memory is question by question.
+    batch = problems // kv_heads
+    problem_place = (problem_index % batch) * kv_heads + problem_index // batch
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    count = tl.load(counts + problem_place, mask=problem_index < problems, other=0)
     tiles = (count * WIDTH + (BLOCK_N - 1)) // BLOCK_N
     ends = tl.cumsum(tiles, axis=0)
     total = tl.sum(tiles, axis=0)
@@ -126,13 +130,14 @@ def _attend(
     dim = tl.arange(0, HEAD_DIM)
     row = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
     while tile < stop:
-        problem = tl.sum((ends <= tile).to(tl.int32), axis=0)
-        is_problem = problem_index == problem
+        order = tl.sum((ends <= tile).to(tl.int32), axis=0)
+        is_problem = problem_index == order
+        problem = (order % batch) * kv_heads + order // batch
         head_stop = tl.sum(tl.where(is_problem, ends, 0), axis=0)
         head_start = head_stop - tl.sum(tl.where(is_problem, tiles, 0), axis=0)
         head_count = tl.sum(tl.where(is_problem, count, 0), axis=0)
         part_stop = tl.minimum(stop, head_stop)
-        head = (problem % kv_heads).to(tl.int64)
+        head = (order // batch).to(tl.int64)
         key_base = keys + head * tokens * (HEAD_DIM // PACKED)
         value_base = values + head * tokens * (HEAD_DIM // PACKED)
         list_base = entries + problem.to(tl.int64) * list_size
@@ -154,9 +159,9 @@ def _attend(
                 WIDTH, HEAD_DIM, BLOCK_R, BLOCK_N, STAGES, PRECISION, PACKED, FAST,
             )  # fmt: skip
         acc = acc / weight[:, None]
-        # Along the row of tiles group and problem only grow, and one of them grows from part to part: the sum is a slot
+        # Along the row of tiles group and order only grow, and one of them grows from part to part: the sum is a slot
         # of its own for every part.
-        place = (group + problem).to(tl.int64) * part_rows + row
+        place = (group + order).to(tl.int64) * part_rows + row
         needed = row < part_rows
         tl.store(part_out + place[:, None] * HEAD_DIM + dim[None, :], acc, mask=needed[:, None])
         tl.store(part_lse + place, top + tl.log2(weight) + shift, mask=needed)
@@ -200,17 +205,20 @@ def _join_parts(
 
     Output 0 and log-sum-exp -inf where nothing is attended. What was kept on LEVELS levels is added to `tally`.
     """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     problem = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     problem_index = tl.arange(0, BLOCK_PROBLEMS)
-    count = tl.load(counts + problem_index, mask=problem_index < problems, other=0)
+    batch = problems // kv_heads
+    order = (problem % kv_heads) * batch + problem // kv_heads
+    problem_place = (problem_index % batch) * kv_heads + problem_index // batch
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    count = tl.load(counts + problem_place, mask=problem_index < problems, other=0)
     tiles = (count * WIDTH + (BLOCK_N - 1)) // BLOCK_N
     total = tl.sum(tiles, axis=0)
-    head_start = tl.sum(tl.where(problem_index < problem, tiles, 0), axis=0)
-    head_tiles = tl.sum(tl.where(problem_index == problem, tiles, 0), axis=0)
+    head_start = tl.sum(tl.where(problem_index < order, tiles, 0), axis=0)
+    head_tiles = tl.sum(tl.where(problem_index == order, tiles, 0), axis=0)
     if more_out is not None:
         more_joined, more_part = join_rows(
             more_out,
@@ -229,8 +237,8 @@ def _join_parts(
         joined, joined_lse = join_rows(
             part_out,
             part_lse,
-            first + problem,
-            last + problem,
+            first + order,
+            last + order,
             part_rows,
             tl.program_id(0) * ROWS,
             ROWS,

@@ -20,6 +20,7 @@ from squeezed.ops.triton.score import Scores, score_few_rows
 from squeezed.ops.triton.score_many import score_many_rows
 from squeezed.ops.triton.select import WorkList, chunks_of, select_clusters
 from squeezed.ops.triton.stand_in import LeftOut, attend_left_out
+from squeezed.ops.voting import voters, voting
 
 
 def select_keys(
@@ -38,11 +39,12 @@ def select_keys(
     centroid_values: list[Tensor] | None = None,
     own: OwnKeys | None = None,
     own_parts: Parts | None = None,
+    many: bool | None = None,
 ) -> tuple[WorkList, list[LeftOut]]:
     """Score and select level by level, coarsest first.
 
     Args:
-        query: [B, Hk, rows, D] contiguous.
+        query: [B, Hk, rows, D] contiguous, those that vote.
         centroids, sizes, offsets: of each level, finest first, as in `ClusterLevel`.
         clustered: number of keys in clusters.
         log_thresholds: [levels] float32 on the device, finest first.
@@ -53,19 +55,21 @@ def select_keys(
         kept: [levels, B * Hk] int32 to write what each level selects to.
         centroid_values: of each level, if they are to stand in for what is left out.
         own, own_parts: own tokens for the first launch to attend to as well, and where to; few rows only.
+        many: whether to score as for many rows, without keeping logits; by default, if there are many.
 
     Returns:
         the list of keys, and each level's left-out clusters, coarsest first; none without `centroid_values`.
     """
     batch, kv_heads, rows, _ = query.shape
     problems = batch * kv_heads
-    score = score_few_rows if rows <= dev.FEW_ROWS else score_many_rows
+    many = rows > dev.FEW_ROWS if many is None else many
+    score = score_many_rows if many else score_few_rows
     work: WorkList | None = None
     left_out: list[LeftOut] = []
     for level in reversed(range(len(centroids))):
         ids, id_counts = (work.entries, work.counts) if work else (None, None)
         capacity = centroids[level].shape[1] if ids is None else ids.shape[1]
-        status_words = problems * chunks_of(capacity, ids is not None, rows > dev.FEW_ROWS)
+        status_words = problems * chunks_of(capacity, ids is not None, many)
         spread = spreads[level] if spreads else None
         beside = (own, own_parts) if own is not None and work is None else ()
         scores: Scores = score(
@@ -118,11 +122,12 @@ def _attend_fixed(
     spreads: list[Tensor],
     centroid_values: list[Tensor],
     window_rows: list[Tensor],
+    most_voters: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, q_heads, queries, head_dim = query.shape
     output, lse, kept = _attend(
         query, None, None, keys, values, centroids, sizes, offsets, clustered, log_thresholds, window_end, scale,
-        scales, spreads, centroid_values, window_rows,
+        scales, spreads, centroid_values, window_rows, most_voters,
     )  # fmt: skip
     shape = (batch, q_heads, queries)
     return output.reshape(*shape, head_dim), lse.reshape(shape), kept.reshape(-1, batch, keys.shape[0])
@@ -145,6 +150,7 @@ def _attend(
     spreads: list[Tensor],
     centroid_values: list[Tensor],
     window_rows: list[Tensor],
+    most_voters: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output and lse [B, Hk, rows, ...] and kept [levels, B * Hk]; the output of the query's dtype with own tokens."""
     batch, q_heads, queries, head_dim = query.shape
@@ -152,13 +158,17 @@ def _attend(
     kv_heads = keys.shape[0]
     rows = q_heads // kv_heads * queries
     grouped = query.reshape(batch, kv_heads, rows, head_dim).contiguous()
+    asking = grouped
+    voting_rows = q_heads // kv_heads * voters(queries, most_voters)
+    if voting_rows < rows:
+        asking = query[:, :, voting(queries, most_voters)].reshape(batch, kv_heads, voting_rows, head_dim).contiguous()
     config = attend_config(head_dim, rows, keys.dtype, batch * kv_heads * keys.shape[1])
     channel_scales = ChannelScales(*scales) if scales else None
     kept = torch.empty(len(centroids), batch * kv_heads, dtype=torch.int32, device=query.device)
     window = (window_rows[0], window_rows[1]) if window_rows else None
     own_parts = None if own is None else Parts.empty(batch * kv_heads, own.parts, rows, head_dim, query.device)
     work, left_out = select_keys(
-        grouped,
+        asking,
         centroids,
         sizes,
         offsets,
@@ -173,6 +183,8 @@ def _attend(
         centroid_values,
         own,
         own_parts,
+        # Stand-ins of few rows need every row's logits.
+        rows > dev.FEW_ROWS or voting_rows < rows,
     )
     others = attend_left_out(grouped, left_out, window, window_end - clustered, scale, channel_scales)
     output, lse = attend_list(
@@ -208,6 +220,7 @@ def _(
     spreads: list[Tensor],
     centroid_values: list[Tensor],
     window_rows: list[Tensor],
+    most_voters: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, q_heads, queries, _ = query.shape
     return (
@@ -222,7 +235,12 @@ def _spread_or_zero(level: ClusterLevel) -> Tensor:
 
 
 def attend_fixed(
-    query: Tensor, layer: ClusteredKeys, log_thresholds: Tensor, window_end: int, scale: float
+    query: Tensor,
+    layer: ClusteredKeys,
+    log_thresholds: Tensor,
+    window_end: int,
+    scale: float,
+    voters: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Squeezed attention of one layer to its fixed context.
 
@@ -232,13 +250,14 @@ def attend_fixed(
         log_thresholds: [levels] float32 on the device, finest level first; -inf keeps every cluster, +inf none.
         window_end: keys [layer.clustered, window_end) are always attended.
         scale: softmax scale.
+        voters: most of the M queries by which clusters are scored, see `squeezed.ops.voting`; None: all.
 
     Returns:
         output [B, Hq, M, D] float32, log-sum-exp [B, Hq, M] float32 (0 and -inf where nothing is attended), and kept
         [levels, B, Hk] int32, finest first: the clustered keys attended, and of each coarser level how many clusters of
         the next finer one it left to look at.
     """
-    return torch.ops.squeezed.attend_fixed(query, *_arguments(layer, log_thresholds, window_end, scale))
+    return torch.ops.squeezed.attend_fixed(query, *_arguments(layer, log_thresholds, window_end, scale, voters))
 
 
 def attend_with_own(
@@ -258,7 +277,9 @@ def attend_with_own(
     return output.reshape(query.shape[0], -1)
 
 
-def _arguments(layer: ClusteredKeys, log_thresholds: Tensor, window_end: int, scale: float) -> tuple[Any, ...]:
+def _arguments(
+    layer: ClusteredKeys, log_thresholds: Tensor, window_end: int, scale: float, most_voters: int | None = None
+) -> tuple[Any, ...]:
     """What the operator takes after the query."""
     spreads: list[Tensor] = []
     if any(level.spread is not None for level in layer.levels):
@@ -277,4 +298,5 @@ def _arguments(layer: ClusteredKeys, log_thresholds: Tensor, window_end: int, sc
         spreads,
         [level.values for level in layer.levels if level.values is not None],
         list(layer.window or ()),
+        most_voters,
     )

@@ -15,7 +15,8 @@ class AttentionShape:
 
     `clusters` per KV head on each level, finest first; of every level but the coarsest about half is scored.
     `centroid_bytes` are those of one centroid, with what is stored beside it; 0 is those of a key.
-    `stand_ins`: what is left out is attended at its centroids.
+    `stand_ins`: what is left out is attended at its centroids. `voters`: of the queries, by which clusters are scored;
+    None: all.
     """
 
     batch: int
@@ -29,6 +30,7 @@ class AttentionShape:
     key_bytes: int = 2
     centroid_bytes: int = 0
     stand_ins: bool = False
+    voters: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ def squeezed_microseconds(shape: AttentionShape, rates: DeviceRates = H100) -> f
     scored = shape.clusters[-1] + sum(shape.clusters[:-1]) / 2
     kept = shape.tokens * shape.kept
     key = shape.head_dim * shape.key_bytes
-    row_flops = 4 * shape.batch * shape.q_heads * shape.queries * shape.head_dim
+    row_flops = 4 * shape.batch * shape.q_heads * shape.head_dim
+    voters = shape.queries if shape.voters is None else shape.voters
     read = scored * (shape.centroid_bytes or key) + 2 * kept * key
     moved = shape.batch * shape.kv_heads * read / rates.squeezed_bytes
     start = rates.squeezed_start + rates.level_start * (len(shape.clusters) - 1)
@@ -76,7 +79,9 @@ def squeezed_microseconds(shape: AttentionShape, rates: DeviceRates = H100) -> f
         start += rates.stand_in_start * len(shape.clusters)
     if shape.q_heads // shape.kv_heads * shape.queries <= 32:
         return start + moved
-    return start + max(moved, row_flops * (scored / rates.score_flops + kept / rates.attend_flops))
+    return start + max(
+        moved, row_flops * (voters * scored / rates.score_flops + shape.queries * kept / rates.attend_flops)
+    )
 
 
 def dense_is_faster(shape: AttentionShape, rates: DeviceRates = H100) -> bool:

@@ -36,8 +36,13 @@ def _log_sizes(sizes, result, count, BLOCK: tl.constexpr, PDL: tl.constexpr):
 
 
 @triton.jit
-def _log_weights(row_lse, result, rows, splits, BLOCK: tl.constexpr, BLOCK_SPLITS: tl.constexpr, PDL: tl.constexpr):
-    """Weight of each row in the mean, 1 / (rows x its sum over all clusters), as log2; -inf where the sum is empty."""
+def _log_weights(
+    row_lse, result, rows, averaged, splits, BLOCK: tl.constexpr, BLOCK_SPLITS: tl.constexpr, PDL: tl.constexpr
+):
+    """Weight of each row in a mean over `averaged`, 1 / (averaged x its sum over all clusters), as log2.
+
+    -inf where the sum is empty.
+    """
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -52,7 +57,7 @@ def _log_weights(row_lse, result, rows, splits, BLOCK: tl.constexpr, BLOCK_SPLIT
     peak = tl.max(parts, axis=0)
     empty = peak == float("-inf")
     total = tl.sum(tl.exp2(parts - tl.where(empty, 0.0, peak)[None, :]), axis=0)
-    weight = -(peak + tl.log2(tl.where(empty, 1.0, total) * rows))
+    weight = -(peak + tl.log2(tl.where(empty, 1.0, total) * averaged))
     tl.store(result + problem * rows + row, tl.where(empty, float("-inf"), weight), mask=row < rows)
 
 
@@ -71,7 +76,7 @@ def _reduce_product(
     sync,
     sync_words,
     scale_log2,
-    kv_heads,
+    batch,
     rows,
     clusters,
     capacity,
@@ -85,22 +90,28 @@ def _reduce_product(
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """ROWS_FIRST: row_lse[problem, split, row] over a piece of the clusters; else result[problem, cluster]."""
-    block = tl.program_id(0)
+    """ROWS_FIRST: row_lse[head, question, split, row] over a piece of clusters; else result[question, head, cluster].
+
+    query, norms, log_weights: [head, question, row]; ids as the result.
+    """
+    # The questions of a batch read the same clusters at the same time.
+    block = tl.program_id(0) // batch
+    question = tl.program_id(0) % batch
     split = tl.program_id(1)
-    problem = tl.program_id(2)
-    head = problem % kv_heads
+    head = tl.program_id(2)
+    problem = head * batch + question
+    place = question * tl.num_programs(2) + head
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if ROWS_FIRST and (block == 0 and split == 0):
-        clear_words(sync, sync_words, problem, tl.num_programs(2), 256)
+        clear_words(sync, sync_words, problem, tl.num_programs(2) * batch, 256)
     count = clusters
     if HAS_IDS:
-        count = tl.load(id_counts + problem)
+        count = tl.load(id_counts + place)
     query_base = query + problem.to(tl.int64) * rows * HEAD_DIM
     centroid_base = centroids + head.to(tl.int64) * clusters * HEAD_DIM
-    id_base = ids + problem.to(tl.int64) * capacity if HAS_IDS else ids
+    id_base = ids + place.to(tl.int64) * capacity if HAS_IDS else ids
     lse_base = row_lse + problem.to(tl.int64) * splits * rows
     dim = tl.arange(0, HEAD_DIM)
     x_index = block * BLOCK_X + tl.arange(0, BLOCK_X)
@@ -152,7 +163,7 @@ def _reduce_product(
     else:
         allowed = tl.load(log_sizes + head * clusters + x_cluster, mask=x_mask, other=float("-inf")) > float("-inf")
         score = tl.where(allowed, lse * 0.6931471805599453, float("-inf"))
-        tl.store(result + problem.to(tl.int64) * capacity + x_index, score, mask=x_mask)
+        tl.store(result + place.to(tl.int64) * capacity + x_index, score, mask=x_mask)
 
 
 def score_many_rows(
@@ -172,34 +183,37 @@ def score_many_rows(
     warps: int = 4,
 ) -> Scores:
     """Log scores of every centroid (or of those in `ids`), averaged over all rows. Arguments as `score_few_rows`."""
+    batch, kv_heads, rows, head_dim = query.shape
+    query = query.transpose(0, 1).contiguous()
     norms = None
     if spread is not None:
         norms = query.float().square().sum(-1) * (0.5 * scale**2 * LOG2E)
     if scales is not None:
-        scaled = query.float() * (scales.key_scale * LIFT.value)[:, None]
+        scaled = query.float() * (scales.key_scale * LIFT.value)[:, None, None]
         query = scaled if query.dtype == torch.float32 else scaled.half()
         scale /= LIFT.value
-    batch, kv_heads, rows, head_dim = query.shape
     clusters = centroids.shape[1]
     capacity = clusters if ids is None else ids.shape[1]
-    problems = batch * kv_heads
+    # The first product is row by row: with the same clusters for all, the rows of all questions are as one's.
+    together = batch if ids is None else 1
     wide = head_dim * query.element_size() // 128
     across = across or {1: 128, 2: 128}.get(wide, 32)
-    block = min(block, max(16, triton.next_power_of_2(rows))) if not dev.INTERPRETED else 32
     block = block if wide <= 4 else 32
+    block = 32 if dev.INTERPRETED else block
+    row_block = min(block, max(16, triton.next_power_of_2(together * rows)))
     # Centroids reached through a list take one stage more to load.
     stages = stages or (2 if ids is None else 3)
-    row_blocks = triton.cdiv(rows, block)
-    wanted = 2 * dev.multiprocessors(query.device) // (row_blocks * problems)
+    row_blocks = triton.cdiv(together * rows, row_block)
+    wanted = 2 * dev.multiprocessors(query.device) // (row_blocks * kv_heads * (batch // together))
     splits = 1 << max(0, min(16, wanted, triton.cdiv(capacity, across)).bit_length() - 1)
     empty = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
-    row_lse, result = empty(problems, splits, rows), empty(problems, 1, capacity)
-    log_sizes, log_weights = empty(sizes.shape), empty(problems, rows)
+    row_lse, result = empty(kv_heads, splits, batch * rows), empty(batch * kv_heads, 1, capacity)
+    log_sizes, log_weights = empty(sizes.shape), empty(kv_heads, batch * rows)
     sync = torch.empty(sync_words, dtype=torch.int64, device=query.device)
     launch = {"PDL": dev.has_dependent_launch(query.device), **dev.launch_options(query.device)}
 
-    def reduce_product(rows_first: bool, grid: tuple[int, int, int]) -> None:
-        _reduce_product[grid](
+    def reduce_product(rows_first: bool, pieces: int, splits: int, questions: int, block: int, across: int) -> None:
+        _reduce_product[(pieces * questions, splits, kv_heads)](
             query,
             centroids,
             log_sizes,
@@ -213,8 +227,8 @@ def score_many_rows(
             sync,
             sync_words,
             scale * LOG2E,
-            kv_heads,
-            rows,
+            questions,
+            batch // questions * rows,
             clusters,
             capacity,
             splits,
@@ -230,9 +244,17 @@ def score_many_rows(
         )
 
     _log_sizes[(triton.cdiv(sizes.numel(), 1024),)](sizes, log_sizes, sizes.numel(), BLOCK=1024, **launch)
-    reduce_product(True, (row_blocks, splits, problems))
-    _log_weights[(triton.cdiv(rows, 128), problems)](
-        row_lse, log_weights, rows, splits, BLOCK=128, BLOCK_SPLITS=triton.next_power_of_2(splits), **launch
+    reduce_product(True, row_blocks, splits, batch // together, row_block, across)
+    _log_weights[(triton.cdiv(together * rows, 128), kv_heads * (batch // together))](
+        row_lse,
+        log_weights,
+        together * rows,
+        rows,
+        splits,
+        BLOCK=128,
+        BLOCK_SPLITS=triton.next_power_of_2(splits),
+        **launch,
     )
-    reduce_product(False, (triton.cdiv(capacity, block), 1, problems))
+    few = min(across, max(16, triton.next_power_of_2(rows)))
+    reduce_product(False, triton.cdiv(capacity, block), 1, batch, block, few)
     return Scores(result, None, None, sync)

@@ -29,9 +29,9 @@ class LeftOut:
 
     Attributes:
         log_sizes: [B * Hk, capacity] float32, of the level's clusters or of those in `ids`: log2 of their number of
-            keys, -inf for those that are selected; None for few rows.
-        scores: of this level, in the same order; for few rows, the logits as `select_clusters` left them: each with its
-            cluster's log size, -inf for what is selected.
+            keys, -inf for those that are selected; None for few rows that all vote.
+        scores: of this level, in the same order; for few rows that all vote, the logits as `select_clusters` left
+            them: each with its cluster's log size, -inf for what is selected.
         centroids, values: [Hk, K, D].
         spread: [Hk, K] float32 or None, as the scores had it.
         ids, id_counts: [B * Hk, capacity] and [B * Hk] int32, the clusters that a coarser level left; or None.
@@ -277,7 +277,7 @@ def attend_left_out(
     """
     batch, kv_heads, rows, head_dim = query.shape
     problems = batch * kv_heads
-    stored = rows <= dev.FEW_ROWS
+    stored = bool(levels) and levels[0].log_sizes is None
     packed = bool(levels) and levels[0].centroids.dtype == torch.int8
     block_rows = min(dev.padded_rows(rows), 64 if head_dim > 128 or query.element_size() > 2 else 128)
     block_rows = min(block_rows, 32) if dev.INTERPRETED else block_rows
