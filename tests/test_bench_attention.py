@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,13 @@ import torch
 
 pytest.importorskip("triton")
 
+from squeezed.attention import attend_fixed
 from squeezed.bench.attention import Sweep, time_on_cpu
 from squeezed.bench.device_attention import Case, calibrated_thresholds, mean_scores, relative_errors
 from squeezed.bench.planted import Planted, planted_context, planted_queries
 from squeezed.bench.plots import plot_speedups
+from squeezed.cache import FixedLayer
+from squeezed.config import PRESETS
 from squeezed.errors import InputError
 from squeezed.ops import reference
 
@@ -77,5 +81,21 @@ def test_thresholds_keep_what_is_asked_for_and_errors_are_those_of_selecting(lev
     output, _ = reference.attend_selected(
         query, layer.keys, layer.values, layer.levels[0].offsets, selected, window, case.scale
     )
+    errors = relative_errors(case, query, layer, thresholds, output)
+    assert errors["rel_error_same_selection"] < 1e-5 < errors["rel_error"] < 1
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+@pytest.mark.parametrize("voters", [None, 3])
+def test_what_is_timed_is_what_generation_attends_to(levels: int, voters: int | None) -> None:
+    shape = SMALL if levels == 2 else Planted(1500, 4, 2, 16, dtype=torch.float32)
+    case = Case("", shape, 40, 0.8, storage=replace(PRESETS["paper"], voters=voters), block=10)
+    layer = planted_context(shape, "cpu")
+    thresholds = calibrated_thresholds(case, layer)
+    query = planted_queries(shape, layer, 1, 40, seed=5)
+    fixed = FixedLayer(layer, case.selection(thresholds), layer.tokens)
+    output, _ = attend_fixed(query, fixed, None, case.scale)
+    assert len(fixed.reads) == 4
+    assert fixed.usage().kept_fraction == pytest.approx(0.2, abs=0.1)
     errors = relative_errors(case, query, layer, thresholds, output)
     assert errors["rel_error_same_selection"] < 1e-5 < errors["rel_error"] < 1

@@ -1,5 +1,7 @@
 """Time attention to a fixed context on a GPU: dense and squeezed in one run, each a CUDA graph over several layers.
 
+What is timed is what generation calls: many queries are taken in blocks that share a selection, see `Selection`.
+
 Consecutive layers hold different memory, so that no cache serves a repetition; times are per layer. The threshold is
 the quantile over all heads and keys of calibration queries that are not the timed ones.
 """
@@ -15,18 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from squeezed.attention import attend_fixed
 from squeezed.bench.attention import Sweep
 from squeezed.bench.graphs import graph_ms
 from squeezed.bench.planted import Planted, copies, planted_context, planted_queries
+from squeezed.cache import FixedLayer, Selection
+from squeezed.calibration import ThresholdCurves
 from squeezed.config import PRESETS, BuildConfig, find_preset
 from squeezed.ops import reference
 from squeezed.ops.layout import ClusteredKeys
-from squeezed.ops.triton import attend_fixed
 from squeezed.ops.triton import device as dev
 from squeezed.ops.triton.attend import attend_config
 from squeezed.ops.triton.chain import select_keys
 from squeezed.ops.triton.score import score_few_rows
 from squeezed.ops.triton.score_many import score_many_rows
+from squeezed.ops.voting import voters, voting
 from squeezed.storage import store
 
 MEMORY_BANDWIDTH = 3.05e12  # bytes/s copied on an H100 80GB
@@ -34,7 +39,6 @@ DENSE_FLOPS = 604e12  # of cuDNN on long question prefills, same device
 _LOGITS = 2**27  # held at once by the checks in plain torch: 512 MB
 _CHECKED_QUERIES = 16
 _LONG_MS = 10.0
-_BLOCK = 256  # queries that share a selection in generation, see `squeezed.cache.Selection`
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,8 @@ class Case:
     """One row of the table.
 
     Attributes:
-        storage: how the planted layer is kept; planted clusters have no spread.
+        storage: how the planted layer is kept and who votes; planted clusters have no spread.
+        block: most queries that share a selection.
         coarse_keep: share of keys that the coarse level leaves, where there is one.
     """
 
@@ -53,6 +58,7 @@ class Case:
     batch: int = 1
     storage: BuildConfig = PRESETS["paper"]
     coarse_keep: float = 0.5
+    block: int = Selection.block
 
     @property
     def scale(self) -> float:
@@ -61,6 +67,27 @@ class Case:
     @property
     def group(self) -> int:
         return self.shape.q_heads // self.shape.kv_heads
+
+    def blocks(self, query: Tensor) -> Tensor:
+        """[B, Hq, M, D] as [B * blocks, Hq, queries of a block, D]; a shorter last block is left out."""
+        size = min(self.block, query.shape[2])
+        whole = query[:, :, : query.shape[2] // size * size].unflatten(2, (-1, size))
+        return whole.transpose(1, 2).flatten(0, 1)
+
+    def asking(self, query: Tensor) -> Tensor:
+        """The queries of `blocks` that vote, KV head by KV head: [B * blocks, Hk, rows, D]."""
+        blocks = self.blocks(query)
+        asked = blocks[:, :, voting(blocks.shape[2], self.storage.voters)]
+        return asked.reshape(len(blocks), self.shape.kv_heads, -1, self.shape.head_dim).contiguous()
+
+    def selection(self, thresholds: Tensor) -> Selection:
+        """How generation would select in a long context, with these thresholds [levels]."""
+        levels = thresholds.double().cpu()[:, None, None]
+        ends = (torch.full_like(levels, float(end)) for end in ("-inf", "inf"))
+        curve = torch.cat([next(ends), levels, next(ends)], -1)
+        sparsities = torch.tensor([0.0, self.sparsity, 1.0], dtype=torch.float64)
+        curves = ThresholdCurves(sparsities, torch.tensor([1]), curve)
+        return Selection(curves, self.sparsity, self.block, self.storage.voters, alone=0)
 
 
 def mean_scores(rows: Tensor, centroids: Tensor, sizes: Tensor, scale: float, allowed: Tensor | None) -> Tensor:
@@ -78,8 +105,8 @@ def calibrated_thresholds(case: Case, layer: ClusteredKeys) -> Tensor:
     """[levels] float32, finest first: global quantiles of the scores of queries other than the timed ones."""
     shape = case.shape
     query = planted_queries(shape, layer, 1 if case.queries > 1 else 8, case.queries, seed=991)
-    heads = query.reshape(query.shape[0], shape.kv_heads, -1, shape.head_dim)
-    problems = [(batch, head) for batch in range(query.shape[0]) for head in range(shape.kv_heads)]
+    heads = case.asking(query)
+    problems = [(batch, head) for batch in range(len(heads)) for head in range(shape.kv_heads)]
     thresholds = torch.full((len(layer.levels),), float("-inf"), device=query.device)
     allowed: dict[tuple[int, int], Tensor | None] = dict.fromkeys(problems)
     for index in reversed(range(len(layer.levels))):
@@ -89,7 +116,7 @@ def calibrated_thresholds(case: Case, layer: ClusteredKeys) -> Tensor:
             for b, h in problems
         }
         flat = torch.cat([scores[problem] for problem in problems]).float()
-        weights = level.sizes.repeat(query.shape[0], 1).flatten().double()
+        weights = level.sizes.repeat(len(heads), 1).flatten().double()
         order = flat.sort(descending=True)
         reached = weights[order.indices].cumsum(0) / weights.sum()
         keep = case.coarse_keep if index else 1 - case.sparsity
@@ -135,8 +162,8 @@ def relative_errors(
     case: Case, query: Tensor, layer: ClusteredKeys, thresholds: Tensor, output: Tensor
 ) -> dict[str, float]:
     """Of the first head's output against float64 over the keys that the reference selects, and over all keys."""
-    own = query[0, : case.group]
-    rows = own.reshape(-1, case.shape.head_dim)
+    own = case.blocks(query)[0, : case.group]
+    rows = case.asking(query)[0, 0]
     allowed: Tensor | None = None
     for index in reversed(range(len(layer.levels))):
         level = layer.levels[index]
@@ -146,8 +173,9 @@ def relative_errors(
         allowed = reference.expand_to_children(selected, level.offsets[:1], children)[0, 0]
     assert allowed is not None
     allowed[layer.clustered :] = True
-    found = output[0, : case.group, :_CHECKED_QUERIES].double()
-    logits = case.scale * own[:, :_CHECKED_QUERIES].double() @ layer.keys[0].double().T
+    own = own[:, :_CHECKED_QUERIES]
+    found = output[0, : case.group, : own.shape[1]].double()
+    logits = case.scale * own.double() @ layer.keys[0].double().T
     errors = {}
     for name, kept in (("rel_error_same_selection", allowed), ("rel_error", torch.ones_like(allowed))):
         exact = logits[..., kept].softmax(-1) @ layer.values[0][kept].double()
@@ -171,29 +199,32 @@ def floor_ms(case: Case, layer: ClusteredKeys, kept: float) -> float:
     centroids, keys = bytes_per_step(layer, kept, case.coarse_keep)
     scored = layer.levels[-1].shape[1] + sum(level.shape[1] * case.coarse_keep for level in layer.levels[:-1])
     attended = kept * layer.clustered + layer.tokens - layer.clustered
-    flops = 4 * case.batch * case.shape.q_heads * case.queries * case.shape.head_dim * (scored + attended)
+    block = min(case.block, case.queries)
+    vote = voters(block, case.storage.voters) / block
+    flops = 4 * case.batch * case.shape.q_heads * case.queries * case.shape.head_dim * (vote * scored + attended)
     return 1e3 * max((centroids + case.batch * keys) / MEMORY_BANDWIDTH, flops / DENSE_FLOPS)
 
 
-def stage_times(query: Tensor, layers: list[ClusteredKeys], thresholds: Tensor, scale: float) -> dict[str, float]:
+def stage_times(case: Case, query: Tensor, layers: list[ClusteredKeys], thresholds: Tensor) -> dict[str, float]:
     """Milliseconds per layer: `score` of the finest level alone (none with more levels), and score and select."""
-    batch, _, _, dim = query.shape
+    asking, scale = case.asking(query), case.scale
+    batch, dim = len(asking), case.shape.head_dim
     kv_heads, tokens, _ = layers[0].keys.shape
-    grouped = query.reshape(batch, kv_heads, -1, dim)
-    rows = grouped.shape[2]
+    rows = case.group * min(case.block, case.queries)
     config = attend_config(dim, rows, layers[0].keys.dtype, batch * kv_heads * tokens)
-    score_rows = score_few_rows if rows <= dev.FEW_ROWS else score_many_rows
+    many = rows > dev.FEW_ROWS
+    score_rows = score_many_rows if many else score_few_rows
     packed = layers[0].levels[0].centroids.dtype == torch.int8
 
     def score() -> None:
         for layer in layers:
             level = layer.levels[0]
-            score_rows(grouped, level.centroids, level.sizes, scale, 8, scales=layer.scales if packed else None)
+            score_rows(asking, level.centroids, level.sizes, scale, 8, scales=layer.scales if packed else None)
 
     def select() -> None:
         for layer in layers:
             select_keys(
-                grouped,
+                asking,
                 [level.centroids for level in layer.levels],
                 [level.sizes for level in layer.levels],
                 [level.offsets for level in layer.levels],
@@ -203,6 +234,7 @@ def stage_times(query: Tensor, layers: list[ClusteredKeys], thresholds: Tensor, 
                 scale,
                 config,
                 layer.scales if packed else None,
+                many=many,
             )
 
     stages = {"score_ms": graph_ms(score) / len(layers)} if len(layers[0].levels) == 1 else {}
@@ -239,18 +271,23 @@ def measure(case: Case, stack: Stack) -> dict[str, Any]:
     if asked not in stack.dense:
         stack.dense[asked] = dense_times(case, stack.layers)
     dense = stack.dense[asked]
+    selection = case.selection(thresholds)
     layers = [store(part, case.storage) for part in stack.layers]
     layer = layers[0]
-    output, _, kept = attend_fixed(query, layer, thresholds, layer.tokens, scale)
+    asked_layers = [FixedLayer(part, selection, part.tokens) for part in layers]
+
+    def whole() -> Tensor:
+        for part in asked_layers:
+            part.reads.clear()
+            output, _ = attend_fixed(query, part, None, scale)
+        return output
+
+    output = whole()
     errors = relative_errors(case, query, planted, thresholds, output)
-
-    def whole() -> None:
-        for part in layers:
-            attend_fixed(query, part, thresholds, layer.tokens, scale)
-
+    kept = [read.kept[0] for read in asked_layers[0].reads if read.kept is not None]
     whole_ms = graph_ms(whole) / len(layers)
-    stages = stage_times(query, layers, thresholds, scale)
-    share = (kept[0].float() / layer.clustered).flatten()
+    stages = stage_times(case, query, layers, thresholds)
+    share = torch.cat(kept).float().flatten() / layer.clustered
     fastest = min(dense, key=lambda name: dense[name])
     floor = floor_ms(case, layer, float(share.mean()))
     read = sum(bytes_per_step(layer, float(share.mean()), case.coarse_keep))
@@ -268,22 +305,10 @@ def measure(case: Case, stack: Stack) -> dict[str, Any]:
         **errors,
         "layers": len(layers),
     }
-    if case.queries > _BLOCK:
-        row["squeezed"][f"blocks_of_{_BLOCK}_ms"] = _in_blocks(case, query, planted, layers)
+    if case.queries > 1:
+        block = min(case.block, case.queries)
+        row |= {"block": block, "voters": voters(block, case.storage.voters)}
     return row
-
-
-def _in_blocks(case: Case, query: Tensor, planted: ClusteredKeys, layers: list[ClusteredKeys]) -> float:
-    """The same queries in blocks with a selection each, as generation asks them."""
-    thresholds = calibrated_thresholds(replace(case, queries=_BLOCK), planted)
-    blocks = [block.contiguous() for block in query.split(_BLOCK, dim=2)]
-
-    def run() -> None:
-        for layer in layers:
-            for block in blocks:
-                attend_fixed(block, layer, thresholds, planted.tokens, case.scale)
-
-    return graph_ms(run) / len(layers)
 
 
 def time_on_device(asked: Sweep, on_stage: Callable[[str], None] = lambda stage: None) -> Iterator[dict[str, Any]]:
