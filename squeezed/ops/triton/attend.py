@@ -278,6 +278,17 @@ def _join_parts(
                 tl.store(where_tally, tl.load(where_tally) + tl.sum(found, axis=0) * counts_now)
 
 
+@dataclass(frozen=True)
+class ListParts:
+    """Attention over a work list, in parts: what each group of programs left of each head it met."""
+
+    out: Tensor
+    lse: Tensor
+    groups: int
+    work: WorkList
+    config: AttendConfig
+
+
 def attend_list(
     query: Tensor,
     keys: Tensor,
@@ -286,13 +297,8 @@ def attend_list(
     scale: float,
     config: AttendConfig,
     scales: ChannelScales | None = None,
-    others: Parts | None = None,
-    more: Parts | None = None,
-    dtype: torch.dtype = torch.float32,
-    kept: Tensor | None = None,
-    tally: Tally | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Exact softmax attention over the keys that the work list names.
+) -> ListParts:
+    """Exact softmax attention over the keys that the work list names, for `join_list` to put together.
 
     Args:
         query: [B, Hk, rows, D] contiguous.
@@ -300,12 +306,6 @@ def attend_list(
         work: from `select_clusters`, made with `config.width`.
         scale: softmax scale.
         scales: of keys and values stored in 8 bits.
-        others, more: attention of the same rows over other keys, joined with it.
-        dtype: of the output.
-        kept, tally: what `select_keys` kept, [levels, B * Hk], and where to add it up.
-
-    Returns:
-        output [B, Hk, rows, D] and log-sum-exp [B, Hk, rows] float32; 0 and -inf where nothing is attended.
     """
     batch, kv_heads, rows, head_dim = query.shape
     problems = batch * kv_heads
@@ -313,20 +313,11 @@ def attend_list(
     # Words of four spill registers where there are many rows.
     packed = keys.dtype == torch.int8 and rows <= dev.FEW_ROWS
     groups = max(1, dev.multiprocessors(query.device) * config.programs_per_multiprocessor // row_blocks)
-    joined_rows, padded = join_block(rows), part_rows(rows)
+    padded = part_rows(rows)
     empty = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
-    output, lse = empty(batch, kv_heads, rows, head_dim, dtype=dtype), empty(batch, kv_heads, rows)
-    part_out, part_lse = (
-        empty(groups + problems, padded, head_dim),
-        empty(groups + problems, padded),
+    parts = ListParts(
+        empty(groups + problems, padded, head_dim), empty(groups + problems, padded), groups, work, config
     )
-    launch = {"PDL": dev.has_dependent_launch(query.device), **dev.launch_options(query.device)}
-    tiling = {
-        "WIDTH": work.width,
-        "HEAD_DIM": head_dim,
-        "BLOCK_N": config.block_keys,
-        "BLOCK_PROBLEMS": triton.next_power_of_2(problems),
-    }
     _attend[(groups * row_blocks,)](
         query,
         keys.view(torch.int32) if packed else keys,
@@ -334,8 +325,8 @@ def attend_list(
         *(scales[:2] if scales else (None, None)),
         work.entries,
         work.counts,
-        part_out,
-        part_lse,
+        parts.out,
+        parts.lse,
         scale * LOG2E,
         problems,
         kv_heads,
@@ -351,17 +342,45 @@ def attend_list(
         PACKED=4 if packed else 1,
         FAST=not dev.INTERPRETED,
         num_warps=config.warps,
-        **tiling,
-        **launch,
+        **_tiling(parts, problems),
+        **_launch(query),
         **({"maxnreg": config.registers} if config.registers else {}),
     )
+    return parts
+
+
+def join_list(
+    query: Tensor,
+    parts: ListParts,
+    scales: ChannelScales | None = None,
+    others: Parts | None = None,
+    more: Parts | None = None,
+    dtype: torch.dtype = torch.float32,
+    kept: Tensor | None = None,
+    tally: Tally | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The parts that `attend_list` left, joined with one another and with attention over other keys.
+
+    Args:
+        query, scales: as given to `attend_list`.
+        others, more: attention of the same rows over other keys.
+        dtype: of the output.
+        kept, tally: what `select_keys` kept, [levels, B * Hk], and where to add it up.
+
+    Returns:
+        output [B, Hk, rows, D] and log-sum-exp [B, Hk, rows] float32; 0 and -inf where nothing is attended.
+    """
+    batch, kv_heads, rows, head_dim = query.shape
+    problems, joined_rows = batch * kv_heads, join_block(rows)
+    output = torch.empty(batch, kv_heads, rows, head_dim, dtype=dtype, device=query.device)
+    lse = torch.empty(batch, kv_heads, rows, dtype=torch.float32, device=query.device)
     _join_parts[(triton.cdiv(rows, joined_rows), problems)](
         *(scales[2:] if scales else (None, None)),
-        work.counts,
+        parts.work.counts,
         output,
         lse,
-        part_out,
-        part_lse,
+        parts.out,
+        parts.lse,
         others.out if others else None,
         others.lse if others else None,
         others.lse.shape[1] if others else 0,
@@ -374,13 +393,26 @@ def attend_list(
         problems,
         kv_heads,
         rows,
-        padded,
-        groups,
+        part_rows(rows),
+        parts.groups,
         ROWS=joined_rows,
         PARTS=max(1, _JOINED_AT_ONCE // (head_dim * joined_rows)),
         MORE_PARTS=triton.next_power_of_2(more.lse.shape[1]) if more else 1,
         LEVELS=tally.total.shape[0] if tally else 0,
-        **tiling,
-        **launch,
+        **_tiling(parts, problems),
+        **_launch(query),
     )
     return output, lse
+
+
+def _tiling(parts: ListParts, problems: int) -> dict[str, int]:
+    return {
+        "WIDTH": parts.work.width,
+        "HEAD_DIM": parts.out.shape[2],
+        "BLOCK_N": parts.config.block_keys,
+        "BLOCK_PROBLEMS": triton.next_power_of_2(problems),
+    }
+
+
+def _launch(query: Tensor) -> dict[str, bool]:
+    return {"PDL": dev.has_dependent_launch(query.device), **dev.launch_options(query.device)}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from squeezed.ops.layout import ChannelScales, ClusteredKeys, ClusterLevel
 from squeezed.ops.triton import device as dev
-from squeezed.ops.triton.attend import AttendConfig, attend_config, attend_list
+from squeezed.ops.triton.attend import AttendConfig, attend_config, attend_list, join_list
 from squeezed.ops.triton.join import Parts
 from squeezed.ops.triton.own import OwnKeys, Tally
 from squeezed.ops.triton.score import Scores, score_few_rows
@@ -186,21 +186,12 @@ def _attend(
         # Stand-ins of few rows need every row's logits.
         rows > dev.FEW_ROWS or voting_rows < rows,
     )
+    key_scales = channel_scales if keys.dtype == torch.int8 else None
+    parts = attend_list(grouped, keys, values, work, scale, config, key_scales)
+    # Runs while the list is attended: see `squeezed.ops.triton.stand_in`.
     others = attend_left_out(grouped, left_out, window, window_end - clustered, scale, channel_scales)
-    output, lse = attend_list(
-        grouped,
-        keys,
-        values,
-        work,
-        scale,
-        config,
-        channel_scales if keys.dtype == torch.int8 else None,
-        others,
-        own_parts,
-        torch.float32 if own is None else query.dtype,
-        kept,
-        tally,
-    )
+    dtype = torch.float32 if own is None else query.dtype
+    output, lse = join_list(grouped, parts, key_scales, others, own_parts, dtype, kept, tally)
     return output, lse, kept
 
 

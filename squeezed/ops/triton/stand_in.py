@@ -2,6 +2,10 @@
 
 Each program takes a piece of a head's clusters, or the window, and leaves a partial result; the launch that joins the
 list's partial results joins these as well.
+
+All of it is launched after attention to the list but does not wait for it: with dependent launches its programs start
+as soon as there is room beside that, since all they read was complete before attention started. Only the first program
+waits, at its end, so that the launch ends no sooner than attention and whatever waits for it waits for both.
 """
 
 # mypy: allow-untyped-defs, disable-error-code="attr-defined"
@@ -20,7 +24,7 @@ from squeezed.ops.triton import device as dev
 from squeezed.ops.triton.eight_bit import scaled_query, unpack_rows
 from squeezed.ops.triton.join import Parts, part_rows
 from squeezed.ops.triton.score import Scores
-from squeezed.ops.triton.stand_in_row import stand_in_row
+from squeezed.ops.triton.stand_in_row import end_after_attention, stand_in_row
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,6 @@ def _stand_in(
     PACKED: centroids and values are int8, four to an int32.
     """
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     row_block = tl.program_id(0)
     split = tl.program_id(1)
@@ -202,6 +205,8 @@ def _stand_in(
     place = (problem * parts + first_part + split).to(tl.int64) * padded_rows + row
     # What a row's logits all lack needs adding only here.
     _store_part(part_out, part_lse, place, top + shift, total, acc, row < padded_rows, HEAD_DIM)
+    if PDL:
+        end_after_attention(row_block + split + problem)
 
 
 @triton.jit
@@ -227,7 +232,6 @@ def _attend_window(
 ):
     """Every key of a short window, by one program per block of rows."""
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     problem = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -252,6 +256,13 @@ def _attend_window(
         top, total, acc = _accumulate(top, total, acc, x, v, q.dtype, PRECISION)
     place = (problem * parts + part).to(tl.int64) * padded_rows + row
     _store_part(part_out, part_lse, place, top, total, acc, row < padded_rows, HEAD_DIM)
+    if PDL:
+        end_after_attention(tl.program_id(0) + problem)
+
+
+def _even_splits(blocks: int, wanted: int) -> int:
+    """As many splits as are busy when each takes a share of the blocks, rounded up, and `wanted` are there."""
+    return triton.cdiv(blocks, triton.cdiv(blocks, wanted))
 
 
 def attend_left_out(
@@ -273,7 +284,7 @@ def attend_left_out(
         scales: of centroids and values in 8 bits.
 
     Returns:
-        what `attend_list` joins; None if there is nothing.
+        what `join_list` joins; None if there is nothing.
     """
     batch, kv_heads, rows, head_dim = query.shape
     problems = batch * kv_heads
@@ -285,7 +296,7 @@ def attend_left_out(
     config = stand_in_config(head_dim, 1 if packed and rows == 1 else block_rows, query.element_size(), packed)
     programs = config.programs_per_multiprocessor * dev.multiprocessors(query.device)
     wanted = max(1, programs // (problems * row_blocks))
-    splits = [min(wanted, triton.cdiv(level.capacity, config.block)) for level in levels]
+    splits = [_even_splits(triton.cdiv(level.capacity, config.block), wanted) for level in levels]
     parts = sum(splits) + (window is not None)
     if not parts:
         return None

@@ -14,6 +14,13 @@ from squeezed.ops.triton.eight_bit import packed_query, unpack
 
 
 @triton.jit
+def end_after_attention(program):
+    """The first program waits for the launch before this one, see `squeezed.ops.triton.stand_in`."""
+    if program == 0:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
 def stand_in_row(
     query,
     logits,
@@ -42,7 +49,6 @@ def stand_in_row(
 ):
     """A piece of a head's clusters, with the logits that the selection left: see `stand_in.LeftOut`."""
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     split = tl.program_id(0)
     problem = tl.program_id(1)
@@ -102,3 +108,5 @@ def stand_in_row(
     place = (problem * parts + first_part + split).to(tl.int64)
     tl.store(part_out + place * HEAD_DIM + dim, acc)
     tl.store(part_lse + place, top + tl.log2(safe_sum) + mean * scale * log2e)
+    if PDL:
+        end_after_attention(split + problem)
