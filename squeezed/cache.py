@@ -83,7 +83,7 @@ class Selection:
         curves: None attends to everything (dense).
         sparsity: share of the clustered keys to leave out.
         block: most queries of a longer question that share one selection. More make it faster and coarser: of 256, 512
-            and 1,024, one of 1,024 errs 15% to 25% more than four of 256 (docs/results/selection-notes.md).
+            and 1,024, one of 1,024 errs 8% to 23% more than four of 256 (docs/results/selection-notes.md).
         voters: most queries of a block by which clusters are scored, see `squeezed.ops.voting`; None: all of them.
         alone: most queries times keys for which each query of a question selects for itself. Sharing a selection costs
             less time but finds less: of the demo's 15 questions at sparsity 0.9, SmolLM2 answers 14 if each query
