@@ -118,14 +118,17 @@ def _kmeans(
 ) -> Tensor:
     rows, squares = _prepare(vectors, metric, space)
     labels = _first_labels(rows, squares, mass, clusters)
+    centres = _centres(rows, *_sorted(labels, clusters), mass)
+    groups = _group(centres, _GROUP, _CANDIDATES)
     moved, mended, looked_at = torch.zeros((), dtype=torch.int64, device=rows.device), rows.new_zeros(1), 0
+    labels = groups.number.gather(1, labels.long()).to(labels.dtype)
     for iteration in range(iterations):
-        if iteration % _REGROUP == 0:
-            if looked_at and int(moved) < _SETTLED * looked_at and float(mended.max()) < _MENDED:
+        if iteration and iteration % _REGROUP == 0:
+            if int(moved) < _SETTLED * looked_at and float(mended.max()) < _MENDED:
                 break
-            order, offsets = _sorted(labels, clusters)
-            centres = _centres(rows, order, offsets, mass)
-            groups = _group(centres, _GROUP, _CANDIDATES)
+            centres = _centres(rows, *_sorted(labels, clusters), mass)
+            # Until the second grouping, clusters that began anew were many.
+            groups = _group(centres, _GROUP, _CANDIDATES, groups if iteration > _REGROUP else None)
             labels = groups.number.gather(1, labels.long()).to(labels.dtype)
             moved.zero_()
             looked_at = 0
@@ -218,12 +221,21 @@ class _Groups(NamedTuple):
     candidates: Tensor | None
     means: Tensor
 
+    def buckets_of_clusters(self) -> Buckets:
+        """Each cluster to be compared with its group's candidates."""
+        heads, clusters = self.number.shape
+        return Buckets(
+            torch.arange(clusters, device=self.number.device).expand(heads, -1), self.starts, self.candidates
+        )
 
-def _group(centres: Centres, size: int, width: int) -> _Groups:
+
+def _group(centres: Centres, size: int, width: int, before: _Groups | None = None) -> _Groups:
     """Groups of `size` clusters that lie near one another, all equally large, whatever the keys look like.
 
     A group's candidates are its own clusters, those nearest to its mean, and the nearest other one of each of its own:
-    where clusters lie in all directions alike, few that matter are near the mean.
+    where clusters lie in all directions alike, few that matter are near the mean. That other one is looked for among
+    all, the one part of a pass that grows with the square of the text; where `centres` are numbered as in the groups
+    `before`, among the candidates that those had.
     """
     heads, clusters, _ = centres.rows.shape
     itself = torch.arange(clusters, device=centres.rows.device).expand(heads, -1)
@@ -232,6 +244,8 @@ def _group(centres: Centres, size: int, width: int) -> _Groups:
         return _Groups(itself, starts, None, centres.rows[:, :1])
     order = _by_pivot(centres, clusters // size)
     number = torch.empty_like(order).scatter_(1, order, itself)
+    partner = nearest_other(centres, before.buckets_of_clusters() if before else None)
+    partner = number.gather(1, partner.gather(1, order))
     centres = Centres(*(part.gather(1, _wide(order, part)) for part in centres))
     starts = torch.arange(0, clusters + size, size, device=itself.device).clamp(max=clusters).expand(heads, -1)
     means = run_means(centres.rows, None, starts.contiguous())
@@ -245,7 +259,7 @@ def _group(centres: Centres, size: int, width: int) -> _Groups:
         distances.scatter_(2, within[some].expand(heads, -1, -1), FAR)
         near[:, some] = distances.topk(width - 2 * size, dim=-1, largest=False).indices
     # Its own are there once, so that a row may be kept from the one it is in.
-    partners = nearest_other(centres, None)[:, within]
+    partners = partner[:, within]
     partners = torch.where(partners // size == members[:, :1] // size, near[..., :1], partners)
     own = torch.where(members < clusters, members, near[..., :1])
     return _Groups(number, starts, torch.cat([own, near, partners], dim=2).to(places(means)), means)
@@ -274,13 +288,13 @@ def _begin_anew(
     Returns:
         [heads, n] new labels, and by how much the sum of squared distances fell: a share [heads].
     """
-    heads, clusters = groups.number.shape
+    clusters = groups.number.shape[1]
     order, offsets = _sorted(labels, clusters)
     centres = _centres(rows, order, offsets, mass)
     sizes = centres.sizes
-    itself = torch.arange(clusters, device=rows.device).expand(heads, -1)
-    places = Buckets(itself, groups.starts, groups.candidates)
-    partner = nearest_other(centres, places)
+    around = groups.buckets_of_clusters()
+    itself = around.order
+    partner = nearest_other(centres, around)
     apart = (centres.rows - centres.rows.gather(1, _wide(partner, centres.rows))).square().sum(-1)
     mates = sizes.gather(1, partner)
     cost = apart * sizes * mates / (sizes + mates).clamp(min=1)
