@@ -82,20 +82,21 @@ class Selection:
     Attributes:
         curves: None attends to everything (dense).
         sparsity: share of the clustered keys to leave out.
-        block: most queries of a longer question that share one selection. More make it faster and coarser: of 256, 512
-            and 1,024, one of 1,024 errs 8% to 23% more than four of 256 (docs/results/selection-notes.md).
+        block: most queries of a longer question that share one selection. More make it faster and coarser: blocks of
+            512 err 4% to 10% more than blocks of 256 (docs/results/selection-notes.md) and take a fifth less time.
         voters: most queries of a block by which clusters are scored, see `squeezed.ops.voting`; None: all of them.
-        alone: most queries times keys for which each query of a question selects for itself. Sharing a selection costs
-            less time but finds less: of the demo's 15 questions at sparsity 0.9, SmolLM2 answers 14 if each query
-            selects, 13 with blocks of 8, 12 with one selection for the whole question, and 14 dense.
+        alone: most queries times keys for which each query of a question selects for itself; None: 2^20 on a CPU and
+            2^22, 149 queries at 28K tokens, on a GPU. Sharing a selection costs less time but finds less: of the demo's
+            15 questions at sparsity 0.9, SmolLM2 answers 14 if each query selects, 13 with blocks of 8, 12 with one
+            selection for the whole question, and 14 dense.
         adaptive: attend to everything where selecting is expected to take longer than it saves.
     """
 
     curves: ThresholdCurves | None
     sparsity: float = 0.0
-    block: int = 256
+    block: int = 512
     voters: int | None = None
-    alone: int = 2**20
+    alone: int | None = None
     adaptive: bool = False
     _on_device: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
@@ -103,7 +104,10 @@ class Selection:
         """How many queries of a question of that length share a selection."""
         if self.curves is None or self.sparsity == 0:
             return queries
-        if queries * index.clustered <= self.alone:
+        alone = self.alone
+        if alone is None:
+            alone = 2**22 if index.keys.is_cuda else 2**20
+        if queries * index.clustered <= alone:
             return 1
         return min(self.block, queries)
 

@@ -51,7 +51,7 @@ class BuildConfig:
     compensate: bool = True
     centroid_bits: int = 8
     key_bits: int = 16
-    voters: int | None = 128
+    voters: int | None = 64
     calibration: str = "questions"
     chunk: int = 512
     iterations: int = 20
