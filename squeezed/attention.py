@@ -81,10 +81,10 @@ def attend_fixed(query: Tensor, layer: FixedLayer, real: list[slice] | None, sca
         return _attend_block(query, layer, slice(None), layer.own_length > 1 and queries == 1, scale)
     if queries == 1 or (query.shape[0] == 1 and selection.block_of(queries, layer.index) == queries):
         return _attend_block(query, layer, slice(None), layer.own_length > 1 and queries == 1, scale)
-    output = query.new_zeros(query.shape, dtype=torch.float32)
-    lse = query.new_full(query.shape[:3], float("-inf"), dtype=torch.float32)
+    output, lse = torch.empty_like(query, dtype=torch.float32), query.new_empty(query.shape[:3], dtype=torch.float32)
     for row in range(query.shape[0]):
         span = real[row] if real else slice(0, queries)
+        output[row, :, : span.start], lse[row, :, : span.start] = 0.0, float("-inf")  # padding sees nothing
         block = selection.block_of(span.stop - span.start, layer.index)
         for part in _calls(span, block, _blocks_at_once(query, layer.index, block)):
             size = min(block, part.stop - part.start)

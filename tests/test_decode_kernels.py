@@ -136,7 +136,7 @@ def _plain(function):
 @pytest.mark.parametrize(
     ("rows", "columns"), [(48, 96), (64, 256), (100, 300), *([] if INTERPRETED else [(4096, 2048)])]
 )
-@pytest.mark.parametrize("tiling", [None, Tiling(8, 128)])
+@pytest.mark.parametrize("tiling", [None, Tiling(8, 128), Tiling(8, 64, ahead=2)])
 def test_products_with_norms_biases_and_residuals(
     rows: int, columns: int, dtype: torch.dtype, tiling: Tiling | None
 ) -> None:
@@ -162,7 +162,10 @@ def test_products_with_norms_biases_and_residuals(
 @on_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])])
 @pytest.mark.parametrize("biased", [False, True])
-def test_queries_and_keys_come_out_rotated_and_in_place(dtype: torch.dtype, biased: bool) -> None:
+@pytest.mark.parametrize("tiling", [None, Tiling(8, 32, ahead=2)])
+def test_queries_and_keys_come_out_rotated_and_in_place(
+    dtype: torch.dtype, biased: bool, tiling: Tiling | None
+) -> None:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, device=DEVICE).to(dtype)
 
@@ -176,7 +179,7 @@ def test_queries_and_keys_come_out_rotated_and_in_place(dtype: torch.dtype, bias
     lengths = torch.tensor([length], dtype=torch.int32, device=DEVICE)
     held = own.OwnTokens(draw(1, kv_heads, capacity, dim), draw(1, kv_heads, capacity, dim), lengths)
     before = [held.keys.clone(), held.values.clone()]
-    query = project_rotated(x, weights, biases, norm, rope, held)
+    query = project_rotated(x, weights, biases, norm, rope, held, tiling)
     wide = x.double()
     normed = wide * torch.rsqrt(wide.square().mean() + 1e-5) * norm.weight.double()
     plain = [weight.double() @ normed for weight in weights]

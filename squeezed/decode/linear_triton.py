@@ -22,11 +22,12 @@ _ENOUGH_PROGRAMS = 1200
 
 @dataclass(frozen=True)
 class Tiling:
-    """Rows of the weights a program takes, columns it reads at a time, and its warps."""
+    """Rows of the weights a program takes, columns it reads at a time, its warps, and how many reads ahead it asks."""
 
     rows: int = 4
     columns: int = 1024
     warps: int = 4
+    ahead: int = 1
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,10 @@ def _project(
     rows,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """AHEAD: 1 or 2."""
     first = tl.program_id(0) * BLOCK_N
     row = first + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -72,6 +75,8 @@ def _project(
             begin = rows_a
     base = weight + tl.minimum(row - begin, rows - 1 - begin).to(tl.int64)[:, None] * columns + k[None, :]
     w = tl.load(base, mask=(k < columns)[None, :], other=0.0)
+    if AHEAD == 2:
+        w_next = tl.load(base + BLOCK_K, mask=(k < columns - BLOCK_K)[None, :], other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -83,9 +88,14 @@ def _project(
         if gamma is not None:
             square += value * value
             value *= tl.load(gamma + start + k, mask=inside, other=0.0).to(tl.float32)
-        following = tl.load(base + start + BLOCK_K, mask=(k < columns - start - BLOCK_K)[None, :], other=0.0)
+        more = (k < columns - start - AHEAD * BLOCK_K)[None, :]
+        following = tl.load(base + start + AHEAD * BLOCK_K, mask=more, other=0.0)
         acc += w.to(tl.float32) * value[None, :]
-        w = following
+        if AHEAD == 2:
+            w = w_next
+            w_next = following
+        else:
+            w = following
     y = tl.sum(acc, axis=1)
     if gamma is not None:
         y *= 1.0 / tl.sqrt(tl.sum(square, axis=0) / columns + eps)
@@ -185,6 +195,7 @@ def project(
         sum(sizes),
         BLOCK_N=block,
         BLOCK_K=tiling.columns,
+        AHEAD=tiling.ahead,
         PDL=dev.has_dependent_launch(x.device),
         num_warps=tiling.warps,
         **dev.launch_options(x.device),

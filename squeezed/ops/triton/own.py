@@ -55,7 +55,7 @@ def attend_own_part(
     query,
     own_keys,
     own_values,
-    lengths,
+    length,
     part_out,
     part_lse,
     part,
@@ -70,7 +70,7 @@ def attend_own_part(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One part of the slots of one question and KV head, as `Parts` have it."""
+    """One part of the first `length` slots of one question and KV head, as `Parts` have it."""
     row = tl.arange(0, BLOCK_R)
     dim = tl.arange(0, HEAD_DIM)
     q = tl.load(
@@ -78,7 +78,6 @@ def attend_own_part(
         mask=(row < rows)[:, None],
         other=0.0,
     )
-    length = tl.load(lengths + problem // kv_heads) + 1
     own = problem.to(tl.int64) * capacity * HEAD_DIM
     share = tl.cdiv(tl.cdiv(length, BLOCK_SLOTS), parts) * BLOCK_SLOTS
     start = part * share

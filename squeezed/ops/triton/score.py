@@ -100,6 +100,9 @@ def _score_few_rows(
         only = begin + tl.arange(0, BLOCK_C)
         only_c = tl.load(base + only[:, None] * WORDS + word[None, :], mask=(only < clusters)[:, None], other=0)
         only_size = tl.load(sizes + head * clusters + only, mask=only < clusters, other=0)
+    if own_keys is not None:
+        # Last step's doing, many launches ago.
+        own_length = tl.load(own_lengths + problem // kv_heads) + 1
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -172,7 +175,7 @@ def _score_few_rows(
                 query,
                 own_keys,
                 own_values,
-                own_lengths,
+                own_length,
                 own_out,
                 own_lse,
                 split - splits,

@@ -166,6 +166,56 @@ def _reduce_product(
         tl.store(result + place.to(tl.int64) * capacity + x_index, score, mask=x_mask)
 
 
+@triton.jit
+def _reduce_tiles(
+    query,
+    centroids,
+    log_sizes,
+    log_weights,
+    spread,
+    norms,
+    result,
+    scale_log2,
+    batch,
+    rows,
+    clusters,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The second product where a question's rows are one tile: a tile of centroids stays, all questions' rows pass."""
+    head = tl.program_id(1)
+    cluster = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = cluster < clusters
+    dim = tl.arange(0, HEAD_DIM)
+    where_c = centroids + (head.to(tl.int64) * clusters + cluster)[:, None] * HEAD_DIM + dim[None, :]
+    c = tl.load(where_c, mask=inside[:, None], other=0.0).to(query.dtype.element_ty)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    allowed = tl.load(log_sizes + head * clusters + cluster, mask=inside, other=float("-inf")) > float("-inf")
+    if spread is not None:
+        variance = tl.load(spread + head * clusters + cluster, mask=inside, other=0.0)
+    row = tl.arange(0, BLOCK_R)
+    for question in tl.range(0, batch, num_stages=STAGES):
+        first = (head * batch + question) * rows
+        q = tl.load(query + (first + tl.minimum(row, rows - 1)).to(tl.int64)[:, None] * HEAD_DIM + dim[None, :])
+        bias = tl.load(log_weights + first + row, mask=row < rows, other=float("-inf"))
+        logits = tl.dot(c, tl.trans(q), input_precision=PRECISION) * scale_log2 + bias[None, :]
+        if spread is not None:
+            norm = tl.load(norms + first + row, mask=row < rows, other=0.0)
+            logits += variance[:, None] * norm[None, :]
+        top = tl.max(logits, axis=1)
+        safe_top = tl.where(top == float("-inf"), 0.0, top)
+        total = tl.sum(tl.exp2(logits - safe_top[:, None]), axis=1)
+        score = (top + tl.log2(tl.where(total > 0, total, 1.0))) * 0.6931471805599453
+        place = (question * tl.num_programs(1) + head).to(tl.int64) * clusters + cluster
+        tl.store(result + place, tl.where(allowed, score, float("-inf")), mask=inside)
+
+
 def score_many_rows(
     query: Tensor,
     centroids: Tensor,
@@ -255,6 +305,27 @@ def score_many_rows(
         BLOCK_SPLITS=triton.next_power_of_2(splits),
         **launch,
     )
-    few = min(across, max(16, triton.next_power_of_2(rows)))
-    reduce_product(False, triton.cdiv(capacity, block), 1, batch, block, few)
+    if ids is not None or rows > across:
+        reduce_product(False, triton.cdiv(capacity, block), 1, batch, block, across)
+        return Scores(result, None, None, sync)
+    _reduce_tiles[(triton.cdiv(clusters, block), kv_heads)](
+        query,
+        centroids,
+        log_sizes,
+        log_weights,
+        spread,
+        norms,
+        result,
+        scale * LOG2E,
+        batch,
+        rows,
+        clusters,
+        HEAD_DIM=head_dim,
+        BLOCK_C=block,
+        BLOCK_R=max(16, triton.next_power_of_2(rows)),
+        STAGES=stages,
+        PRECISION=dev.dot_precision(query.dtype),
+        num_warps=warps,
+        **launch,
+    )
     return Scores(result, None, None, sync)

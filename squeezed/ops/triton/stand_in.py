@@ -24,7 +24,7 @@ from squeezed.ops.triton import device as dev
 from squeezed.ops.triton.eight_bit import scaled_query, unpack_rows
 from squeezed.ops.triton.join import Parts, part_rows
 from squeezed.ops.triton.score import Scores
-from squeezed.ops.triton.stand_in_row import end_after_attention, stand_in_row
+from squeezed.ops.triton.stand_in_row import end_after_attention, stand_in_row, start_beside_attention
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class LeftOut:
             keys, -inf for those that are selected; None for few rows that all vote.
         scores: of this level, in the same order; for few rows that all vote, the logits as `select_clusters` left
             them: each with its cluster's log size, -inf for what is selected.
-        centroids, values: [Hk, K, D].
+        centroids, values: [Hk, K, D]; in 8 bits they may come as float16 numbers.
         spread: [Hk, K] float32 or None, as the scores had it.
         ids, id_counts: [B * Hk, capacity] and [B * Hk] int32, the clusters that a coarser level left; or None.
     """
@@ -134,10 +134,10 @@ def _stand_in(
 ):
     """STORED: the selection left the logits of what stands in; else they are computed again from the centroids.
 
-    PACKED: centroids and values are int8, four to an int32.
+    PACKED: centroids and values are int8, four to an int32. With scales but not packed, the same numbers as float16.
     """
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+        start_beside_attention()
     row_block = tl.program_id(0)
     split = tl.program_id(1)
     problem = tl.program_id(2)
@@ -155,7 +155,9 @@ def _stand_in(
     # What second-order scores add to a logit is no part of attention.
     stretch = tl.sum(full * full, axis=1) * (0.5 * scale * scale)
     # Numbers in 8 bits are exact in float16.
-    dtype: tl.constexpr = tl.float16 if PACKED and query.dtype.element_ty == tl.bfloat16 else query.dtype.element_ty
+    eight_bits: tl.constexpr = value_scale is not None
+    half: tl.constexpr = eight_bits and query.dtype.element_ty == tl.bfloat16
+    dtype: tl.constexpr = tl.float16 if half else query.dtype.element_ty
     scaled, logit_scale, shift = scaled_query(q, key_scale, key_centre, head, scale * log2e, HEAD_DIM)
     count = clusters
     if HAS_IDS:
@@ -232,7 +234,7 @@ def _attend_window(
 ):
     """Every key of a short window, by one program per block of rows."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+        start_beside_attention()
     problem = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     dim = tl.arange(0, HEAD_DIM)
@@ -281,7 +283,7 @@ def attend_left_out(
         window: keys and values [Hk, w, D] of the query's dtype, or None if the work list names the window.
         window_length: how many of them are attended.
         scale: softmax scale.
-        scales: of centroids and values in 8 bits.
+        scales: of centroids and values in 8 bits; None if they are not.
 
     Returns:
         what `join_list` joins; None if there is nothing.
@@ -311,8 +313,8 @@ def attend_left_out(
     common = {"BLOCK_R": block_rows, "PRECISION": dev.dot_precision(query.dtype), **launch}
     first = 0
     for level, count in zip(levels, splits, strict=True):
-        assert scales is not None or not packed
-        if packed and rows == 1 and scales is not None:
+        if packed and rows == 1:
+            assert scales is not None
             stand_in_row[(count, problems)](
                 query,
                 level.scores.logits,
@@ -346,7 +348,7 @@ def attend_left_out(
             level.spread,
             level.ids,
             level.id_counts,
-            *(scales if packed and scales is not None else (None,) * 4),
+            *(scales or (None,) * 4),
             result.out,
             result.lse,
             scale,

@@ -14,6 +14,18 @@ from squeezed.ops.triton.eight_bit import packed_query, unpack
 
 
 @triton.jit
+def start_beside_attention():
+    """Without waiting for the launch before this one, see `squeezed.ops.triton.stand_in`.
+
+    The fence makes what earlier launches wrote visible, which waiting would have done.
+    """
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.inline_asm_elementwise(
+        "fence.acq_rel.gpu; mov.u32 $0, $1;", "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def end_after_attention(program):
     """The first program waits for the launch before this one, see `squeezed.ops.triton.stand_in`."""
     if program == 0:
@@ -49,7 +61,7 @@ def stand_in_row(
 ):
     """A piece of a head's clusters, with the logits that the selection left: see `stand_in.LeftOut`."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+        start_beside_attention()
     split = tl.program_id(0)
     problem = tl.program_id(1)
     head = problem % kv_heads
