@@ -54,7 +54,9 @@ class Sampler:
 
     def choose(self, logits: Tensor) -> Tensor:
         """The next token [B, 1] int64, given logits [B, vocabulary]."""
-        sampling, scores = self.sampling, logits.float()
+        sampling, scores = self.sampling, logits
+        if sampling.temperature > 0 or self._seen is not None:
+            scores = logits.float()
         if self._seen is not None:
             penalty = sampling.repetition_penalty
             scores = torch.where(self._seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)

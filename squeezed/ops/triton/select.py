@@ -67,6 +67,23 @@ def list_capacity(children: int, clusters: int, window: int, width: int) -> int:
 
 
 @triton.jit
+def _entries(
+    slot, first, size, begins, ends, WIDTH: tl.constexpr, CHUNK_SIZE: tl.constexpr, LOG_CHUNK: tl.constexpr,
+    SLOTS: tl.constexpr,
+):  # fmt: skip
+    """The entries [SLOTS] in places `slot` of a chunk's list: runs of clusters [CHUNK_SIZE] from `begins` to `ends`."""
+    owner = tl.zeros([SLOTS], tl.int32)
+    for bit in tl.static_range(LOG_CHUNK):
+        passed = tl.gather(ends, owner + ((CHUNK_SIZE >> (bit + 1)) - 1), 0) <= slot
+        owner += passed.to(tl.int32) * (CHUNK_SIZE >> (bit + 1))
+    offset = (slot - tl.gather(begins, owner, 0)) * WIDTH
+    entry = tl.gather(first, owner, 0) + offset
+    if WIDTH > 1:
+        entry = entry * 16 + tl.minimum(tl.gather(size, owner, 0) - offset, WIDTH)
+    return entry
+
+
+@triton.jit
 def _select(
     logits,
     part_max,
@@ -172,6 +189,9 @@ def _select(
         tl.atomic_xchg(
             words + chunk, done | (chunk_runs.to(tl.int64) << 31) | chunk_children.to(tl.int64), sem="relaxed"
         )
+        # What this chunk lists is made out while the chunks before it publish their counts.
+        slot = tl.arange(0, SLOTS)
+        entry = _entries(slot, first, size, begins, ends, WIDTH, CHUNK_SIZE, LOG_CHUNK, SLOTS)
         before = tl.arange(0, BLOCK_CHUNKS)
         word = tl.load(words + before, mask=before < chunk, other=done, volatile=True)
         while tl.min(word, axis=0) < done:
@@ -179,16 +199,10 @@ def _select(
         place = tl.sum((word >> 31) & low, axis=0)
         list_base = entries + problem.to(tl.int64) * list_size + place
 
-        for slot_start in range(0, chunk_runs, SLOTS):
+        tl.store(list_base + slot, entry, mask=slot < chunk_runs)
+        for slot_start in range(SLOTS, chunk_runs, SLOTS):
             slot = slot_start + tl.arange(0, SLOTS)
-            owner = tl.zeros([SLOTS], tl.int32)
-            for bit in tl.static_range(LOG_CHUNK):
-                passed = tl.gather(ends, owner + ((CHUNK_SIZE >> (bit + 1)) - 1), 0) <= slot
-                owner += passed.to(tl.int32) * (CHUNK_SIZE >> (bit + 1))
-            offset = (slot - tl.gather(begins, owner, 0)) * WIDTH
-            entry = tl.gather(first, owner, 0) + offset
-            if WIDTH > 1:
-                entry = entry * 16 + tl.minimum(tl.gather(size, owner, 0) - offset, WIDTH)
+            entry = _entries(slot, first, size, begins, ends, WIDTH, CHUNK_SIZE, LOG_CHUNK, SLOTS)
             tl.store(list_base + slot, entry, mask=slot < chunk_runs)
 
         if chunk == last_chunk:
