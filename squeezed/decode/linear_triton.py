@@ -60,7 +60,7 @@ def _project(
     AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """AHEAD: 1 or 2."""
+    """AHEAD: 1, 2 or 4 tiles of weights are on their way at any time."""
     first = tl.program_id(0) * BLOCK_N
     row = first + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -75,8 +75,11 @@ def _project(
             begin = rows_a
     base = weight + tl.minimum(row - begin, rows - 1 - begin).to(tl.int64)[:, None] * columns + k[None, :]
     w = tl.load(base, mask=(k < columns)[None, :], other=0.0)
-    if AHEAD == 2:
-        w_next = tl.load(base + BLOCK_K, mask=(k < columns - BLOCK_K)[None, :], other=0.0)
+    if AHEAD > 1:
+        w_1 = tl.load(base + BLOCK_K, mask=(k < columns - BLOCK_K)[None, :], other=0.0)
+    if AHEAD > 2:
+        w_2 = tl.load(base + 2 * BLOCK_K, mask=(k < columns - 2 * BLOCK_K)[None, :], other=0.0)
+        w_3 = tl.load(base + 3 * BLOCK_K, mask=(k < columns - 3 * BLOCK_K)[None, :], other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -91,11 +94,16 @@ def _project(
         more = (k < columns - start - AHEAD * BLOCK_K)[None, :]
         following = tl.load(base + start + AHEAD * BLOCK_K, mask=more, other=0.0)
         acc += w.to(tl.float32) * value[None, :]
-        if AHEAD == 2:
-            w = w_next
-            w_next = following
-        else:
+        if AHEAD == 1:
             w = following
+        else:
+            w = w_1
+            if AHEAD == 2:
+                w_1 = following
+            else:
+                w_1 = w_2
+                w_2 = w_3
+                w_3 = following
     y = tl.sum(acc, axis=1)
     if gamma is not None:
         y *= 1.0 / tl.sqrt(tl.sum(square, axis=0) / columns + eps)
