@@ -22,12 +22,11 @@ _ENOUGH_PROGRAMS = 1200
 
 @dataclass(frozen=True)
 class Tiling:
-    """Rows of the weights a program takes, columns it reads at a time, its warps, and how many reads ahead it asks."""
+    """Rows of the weights a program takes, columns it reads at a time, and its warps."""
 
     rows: int = 4
     columns: int = 1024
     warps: int = 4
-    ahead: int = 1
 
 
 @dataclass(frozen=True)
@@ -57,10 +56,8 @@ def _project(
     rows,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """AHEAD: 1, 2 or 4 tiles of weights are on their way at any time."""
     first = tl.program_id(0) * BLOCK_N
     row = first + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -75,11 +72,6 @@ def _project(
             begin = rows_a
     base = weight + tl.minimum(row - begin, rows - 1 - begin).to(tl.int64)[:, None] * columns + k[None, :]
     w = tl.load(base, mask=(k < columns)[None, :], other=0.0)
-    if AHEAD > 1:
-        w_1 = tl.load(base + BLOCK_K, mask=(k < columns - BLOCK_K)[None, :], other=0.0)
-    if AHEAD > 2:
-        w_2 = tl.load(base + 2 * BLOCK_K, mask=(k < columns - 2 * BLOCK_K)[None, :], other=0.0)
-        w_3 = tl.load(base + 3 * BLOCK_K, mask=(k < columns - 3 * BLOCK_K)[None, :], other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -91,19 +83,9 @@ def _project(
         if gamma is not None:
             square += value * value
             value *= tl.load(gamma + start + k, mask=inside, other=0.0).to(tl.float32)
-        more = (k < columns - start - AHEAD * BLOCK_K)[None, :]
-        following = tl.load(base + start + AHEAD * BLOCK_K, mask=more, other=0.0)
+        following = tl.load(base + start + BLOCK_K, mask=(k < columns - start - BLOCK_K)[None, :], other=0.0)
         acc += w.to(tl.float32) * value[None, :]
-        if AHEAD == 1:
-            w = following
-        else:
-            w = w_1
-            if AHEAD == 2:
-                w_1 = following
-            else:
-                w_1 = w_2
-                w_2 = w_3
-                w_3 = following
+        w = following
     y = tl.sum(acc, axis=1)
     if gamma is not None:
         y *= 1.0 / tl.sqrt(tl.sum(square, axis=0) / columns + eps)
@@ -203,7 +185,6 @@ def project(
         sum(sizes),
         BLOCK_N=block,
         BLOCK_K=tiling.columns,
-        AHEAD=tiling.ahead,
         PDL=dev.has_dependent_launch(x.device),
         num_warps=tiling.warps,
         **dev.launch_options(x.device),

@@ -39,10 +39,9 @@ def _project_rotated(
     HEAD_DIM: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """PAIRS of rows i and i + HEAD_DIM / 2 of one head, which rotation mixes. AHEAD: 1 or 2 reads."""
+    """PAIRS of rows i and i + HEAD_DIM / 2 of one head, which rotation mixes."""
     HALF: tl.constexpr = HEAD_DIM // 2
     first = tl.program_id(0) * PAIRS
     head = first // HALF
@@ -64,9 +63,6 @@ def _project_rotated(
     high_base = low_base + HALF * columns
     low_w = tl.load(low_base, mask=(k < columns)[None, :], other=0.0)
     high_w = tl.load(high_base, mask=(k < columns)[None, :], other=0.0)
-    if AHEAD == 2:
-        low_next = tl.load(low_base + BLOCK_K, mask=(k < columns - BLOCK_K)[None, :], other=0.0)
-        high_next = tl.load(high_base + BLOCK_K, mask=(k < columns - BLOCK_K)[None, :], other=0.0)
     # The length is last step's doing, many launches ago.
     length = tl.load(lengths).to(tl.int64)
     angle = length * HEAD_DIM + i
@@ -85,19 +81,13 @@ def _project_rotated(
         value = tl.load(x + start + k, mask=inside, other=0.0).to(tl.float32)
         square += value * value
         value *= tl.load(gamma + start + k, mask=inside, other=0.0).to(tl.float32)
-        more = (k < columns - start - AHEAD * BLOCK_K)[None, :]
-        low_following = tl.load(low_base + start + AHEAD * BLOCK_K, mask=more, other=0.0)
-        high_following = tl.load(high_base + start + AHEAD * BLOCK_K, mask=more, other=0.0)
+        more = (k < columns - start - BLOCK_K)[None, :]
+        next_low = tl.load(low_base + start + BLOCK_K, mask=more, other=0.0)
+        next_high = tl.load(high_base + start + BLOCK_K, mask=more, other=0.0)
         low_acc += low_w.to(tl.float32) * value[None, :]
         high_acc += high_w.to(tl.float32) * value[None, :]
-        if AHEAD == 2:
-            low_w = low_next
-            high_w = high_next
-            low_next = low_following
-            high_next = high_following
-        else:
-            low_w = low_following
-            high_w = high_following
+        low_w = next_low
+        high_w = next_high
     inverse = 1.0 / tl.sqrt(tl.sum(square, axis=0) / columns + eps)
     low = tl.sum(low_acc, axis=1) * inverse
     high = tl.sum(high_acc, axis=1) * inverse
@@ -162,7 +152,6 @@ def project_rotated(
         HEAD_DIM=head_dim,
         PAIRS=pairs,
         BLOCK_K=tiling.columns,
-        AHEAD=tiling.ahead,
         PDL=dev.has_dependent_launch(x.device),
         num_warps=tiling.warps,
         **dev.launch_options(x.device),

@@ -53,19 +53,22 @@ class AttendConfig:
     registers: int | None = None
 
 
-def attend_config(head_dim: int, rows: int, dtype: torch.dtype, keys: int) -> AttendConfig:
+def attend_config(head_dim: int, rows: int, dtype: torch.dtype, keys: int, beside: bool = False) -> AttendConfig:
     """The fastest measured configuration (docs/results/kernel-notes.md).
 
     Args:
         rows: query rows of a KV head, heads of the group x queries.
         dtype: of the stored keys.
         keys: fixed keys of all questions and KV heads together.
+        beside: stand-ins run at the same time and need room.
     """
     block_rows = 1 if dtype.itemsize == 1 and rows == 1 else dev.padded_rows(rows)
     if dev.INTERPRETED:
         return AttendConfig(min(block_rows, 32), 32, 4, 1, 1, 8 if rows <= dev.FEW_ROWS else 1)
     wide = head_dim * dtype.itemsize // 128
     if rows > dev.FEW_ROWS:
+        if wide == 2 and head_dim == 128 and rows % 256 == 0:
+            return AttendConfig(256, 64, 16, 5, 1, 1, registers=128)
         if wide <= 2 and head_dim <= 128:
             return AttendConfig(block_rows, 64, 8, 3, 2, 1, registers=128)
         return AttendConfig(min(block_rows, 64), 32, 8, 3, 1, 1)
@@ -73,6 +76,8 @@ def attend_config(head_dim: int, rows: int, dtype: torch.dtype, keys: int) -> At
         return AttendConfig(block_rows, 32, 4, 3 if wide > 4 else 5, 2, 8)
     if dtype.itemsize == 1 and block_rows > 1 and head_dim <= 128 and keys > 2**19:
         return AttendConfig(block_rows, 128, 4, 3, 2, 8)
+    if beside and rows > 1 and keys > 2**19:
+        return AttendConfig(block_rows, 64, 4, 5, 2, 8, registers=168)
     # Three programs a multiprocessor keep more reads in flight; with few tiles each, two end sooner.
     if keys > 2**19:
         return AttendConfig(block_rows, 64, 4, 3 if keys > 2**21 else 4, 3, 8, registers=168)

@@ -22,9 +22,6 @@ from squeezed.ops.triton.select import WorkList, chunks_of, select_clusters
 from squeezed.ops.triton.stand_in import LeftOut, attend_left_out
 from squeezed.ops.voting import voters, voting
 
-# Rows of a KV head above which centroids in 8 bits are made float16 once, instead of by every program that reads them.
-_UNPACKED_ROWS = 64 if dev.INTERPRETED else 1024
-
 
 def select_keys(
     query: Tensor,
@@ -165,14 +162,12 @@ def _attend(
     voting_rows = q_heads // kv_heads * voters(queries, most_voters)
     if voting_rows < rows:
         asking = query[:, :, voting(queries, most_voters)].reshape(batch, kv_heads, voting_rows, head_dim).contiguous()
-    config = attend_config(head_dim, rows, keys.dtype, batch * kv_heads * keys.shape[1])
+    config = attend_config(head_dim, rows, keys.dtype, batch * kv_heads * keys.shape[1], bool(centroid_values))
     channel_scales = ChannelScales(*scales) if scales else None
     centroid_scales = channel_scales if centroids[0].dtype == torch.int8 else None
     kept = torch.empty(len(centroids), batch * kv_heads, dtype=torch.int32, device=query.device)
     window = (window_rows[0], window_rows[1]) if window_rows else None
     own_parts = None if own is None else Parts.empty(batch * kv_heads, own.parts, rows, head_dim, query.device)
-    if centroids[0].dtype == torch.int8 and batch * rows >= _UNPACKED_ROWS:
-        centroids, centroid_values = ([level.half() for level in parts] for parts in (centroids, centroid_values))
     work, left_out = select_keys(
         asking,
         centroids,

@@ -36,7 +36,7 @@ class LeftOut:
             keys, -inf for those that are selected; None for few rows that all vote.
         scores: of this level, in the same order; for few rows that all vote, the logits as `select_clusters` left
             them: each with its cluster's log size, -inf for what is selected.
-        centroids, values: [Hk, K, D]; in 8 bits they may come as float16 numbers.
+        centroids, values: [Hk, K, D].
         spread: [Hk, K] float32 or None, as the scores had it.
         ids, id_counts: [B * Hk, capacity] and [B * Hk] int32, the clusters that a coarser level left; or None.
     """
@@ -134,7 +134,7 @@ def _stand_in(
 ):
     """STORED: the selection left the logits of what stands in; else they are computed again from the centroids.
 
-    PACKED: centroids and values are int8, four to an int32. With scales but not packed, the same numbers as float16.
+    PACKED: centroids and values are int8, four to an int32.
     """
     if PDL:
         start_beside_attention()
@@ -155,9 +155,7 @@ def _stand_in(
     # What second-order scores add to a logit is no part of attention.
     stretch = tl.sum(full * full, axis=1) * (0.5 * scale * scale)
     # Numbers in 8 bits are exact in float16.
-    eight_bits: tl.constexpr = value_scale is not None
-    half: tl.constexpr = eight_bits and query.dtype.element_ty == tl.bfloat16
-    dtype: tl.constexpr = tl.float16 if half else query.dtype.element_ty
+    dtype: tl.constexpr = tl.float16 if PACKED and query.dtype.element_ty == tl.bfloat16 else query.dtype.element_ty
     scaled, logit_scale, shift = scaled_query(q, key_scale, key_centre, head, scale * log2e, HEAD_DIM)
     count = clusters
     if HAS_IDS:
