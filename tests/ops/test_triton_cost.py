@@ -33,6 +33,31 @@ def test_the_model_is_near_every_measurement(row: tuple[int, int, int, int, floa
     assert not dense_is_faster(shape)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "kv_heads", "block", "voters", "stand_ins", "squeezed"),
+    [
+        (524288, 32, 512, 64, False, 2294.0),
+        (524288, 32, 512, 512, False, 3155.0),
+        (524288, 32, 256, 64, False, 2491.0),
+        (131072, 32, 512, 64, False, 755.0),
+        (524288, 8, 512, 64, False, 2290.0),
+        (131072, 8, 512, 64, False, 703.0),
+        (524288, 32, 512, 64, True, 4280.0),
+        (131072, 32, 512, 64, True, 1351.0),
+        (524288, 8, 512, 64, True, 3857.0),
+        (131072, 8, 512, 64, True, 1223.0),
+    ],
+)
+def test_a_question_in_blocks(
+    tokens: int, kv_heads: int, block: int, voters: int, stand_ins: bool, squeezed: float
+) -> None:
+    size = 260 if stand_ins else 0
+    shape = AttentionShape(
+        1024 // block, 32, kv_heads, block, 128, tokens, (tokens // 20,), 0.1, 2, size, stand_ins, voters
+    )
+    assert squeezed_microseconds(shape) == pytest.approx(squeezed, rel=0.2)
+
+
 @pytest.mark.parametrize(("queries", "microseconds"), [(64, 530.0), (128, 1120.0), (256, 1492.2)])
 def test_dense_attention_of_few_queries_is_slower_than_its_products(queries: int, microseconds: float) -> None:
     shape = AttentionShape(1, 32, 8, queries, 128, 131072, (6553,), 0.1)

@@ -1,7 +1,7 @@
 """When dense attention is faster: a model of both, fitted to the measurements in docs/results/kernel-notes.md.
 
 Decoding is bound by bytes and by launches, question prefill by products; each is a constant plus work over a rate.
-Fitted on one H100 80GB (2026-11-21, few queries 2026-11-22) over 8K to 1M tokens, 8 and 32 KV heads, head_dim 128.
+Fitted on one H100 80GB (2026-11-21 and 2026-11-22) over 8K to 1M tokens, 8 and 32 KV heads, head_dim 128.
 """
 
 from __future__ import annotations
@@ -47,8 +47,10 @@ class DeviceRates:
     level_start: float = 7.0
     stand_in_start: float = 8.0
     squeezed_bytes: float = 2.95e6
-    score_flops: float = 420e6
-    attend_flops: float = 400e6
+    score_flops: float = 440e6
+    attend_flops: float = 425e6
+    stand_in_flops: float = 230e6
+    joined_rows: float = 360.0
 
 
 H100 = DeviceRates()
@@ -79,9 +81,11 @@ def squeezed_microseconds(shape: AttentionShape, rates: DeviceRates = H100) -> f
         start += rates.stand_in_start * len(shape.clusters)
     if shape.q_heads // shape.kv_heads * shape.queries <= 32:
         return start + moved
-    return start + max(
-        moved, row_flops * (voters * scored / rates.score_flops + shape.queries * kept / rates.attend_flops)
-    )
+    products = voters * scored / rates.score_flops + shape.queries * kept / rates.attend_flops
+    if shape.stand_ins:
+        products += shape.queries * scored / rates.stand_in_flops
+    joined = shape.batch * shape.q_heads * shape.queries / rates.joined_rows
+    return start + joined + max(moved, row_flops * products)
 
 
 def dense_is_faster(shape: AttentionShape, rates: DeviceRates = H100) -> bool:
