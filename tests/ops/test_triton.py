@@ -263,12 +263,18 @@ STORED = [
     )
     for compensate, centroid_bits, bits in ((True, 16, 16), (True, 8, 16), (True, 8, 8), (False, 8, 8))
 ]
+# Every token of a question as a question of its own: few rows each, many together.
+STORED.append(
+    Case(batch=10, q_heads=14, clusters=20, largest=12, window=5, second_order=True, compensate=True, centroid_bits=8)
+)
 STORED_LARGE = [
-    Case(dtype=dtype, head_dim=dim, q_heads=q_heads, queries=queries, levels=levels, clusters=3000, batch=batch,
+    Case(dtype=dtype, head_dim=dim, q_heads=q_heads, queries=queries, levels=levels, clusters=clusters, batch=batch,
          second_order=True, compensate=True, centroid_bits=8, key_bits=bits)
     for dtype, dim in ((torch.float32, 64), (torch.float16, 128), (torch.bfloat16, 128), (torch.bfloat16, 256))
     for bits in (16, 8)
-    for q_heads, queries, levels, batch in ((2, 1, 1, 2), (8, 1, 2, 1), (4, 300, 2, 1))
+    for q_heads, queries, levels, batch, clusters in (
+        (2, 1, 1, 2, 3000), (8, 1, 2, 1, 3000), (4, 300, 2, 1, 3000), (14, 1, 2, 256, 600)
+    )
 ]  # fmt: skip
 
 
