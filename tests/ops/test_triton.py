@@ -39,6 +39,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 # Scaled queries for rows in 8 bits are float16 unless the queries are float32.
 STORED_TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 1.5e-2}
+# Of log-sum-exps: a logit of 13 in bfloat16 is known to 0.03.
+LSE_TOLERANCE = {torch.float32: 1e-2, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
 SMALL = [
     Case(),
@@ -273,7 +275,7 @@ STORED_LARGE = [
     for dtype, dim in ((torch.float32, 64), (torch.float16, 128), (torch.bfloat16, 128), (torch.bfloat16, 256))
     for bits in (16, 8)
     for q_heads, queries, levels, batch, clusters in (
-        (2, 1, 1, 2, 3000), (8, 1, 2, 1, 3000), (4, 300, 2, 1, 3000), (14, 1, 2, 256, 600)
+        (2, 1, 1, 2, 3000), (8, 1, 2, 1, 3000), (4, 300, 2, 1, 3000), (14, 1, 2, 150, 200)
     )
 ]  # fmt: skip
 
@@ -286,7 +288,7 @@ def assert_matches_whole(case: Case, keep: float | None = None, short: int = 3) 
     output, lse, _ = attend_fixed(query, layer, thresholds, end, scale)
     expected, expected_lse = judge_whole(query, layer, thresholds, end, scale)
     assert relative_error(output, expected) < STORED_TOLERANCE[case.dtype]
-    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-3, atol=LSE_TOLERANCE[case.dtype])
 
 
 @on_device
