@@ -22,6 +22,8 @@ def plot_speedups(run: dict[str, Any], target: Path) -> None:
     rows = run["rows"]
     shapes = list(dict.fromkeys((row["q_heads"], row["kv_heads"]) for row in rows))
     counts = sorted({row["queries"] for row in rows})
+    # One axis for all panels: each has a tick for every length of any.
+    ticks = sorted({row["context"] for row in rows})
     figure, axes = plt.subplots(
         len(shapes), len(counts), figsize=(4.2 * len(counts), 3.4 * len(shapes)), squeeze=False, sharex=True
     )
@@ -39,7 +41,6 @@ def plot_speedups(run: dict[str, Any], target: Path) -> None:
             panel.set_xscale("log", base=2)
             panel.set_ylim(bottom=0)
             panel.set_title(f"{'decoding' if queries == 1 else f'{queries} queries'}, {q_heads}/{kv_heads} heads")
-            ticks = sorted({row["context"] for row in mine})
             panel.set_xticks(ticks, [f"{tick // 1024}K" if tick < 2**20 else f"{tick // 2**20}M" for tick in ticks])
             panel.minorticks_off()
     for axis in axes[-1]:

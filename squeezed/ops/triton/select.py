@@ -22,7 +22,7 @@ from torch import Tensor
 from squeezed.ops.triton import device as dev
 from squeezed.ops.triton.score import Scores
 
-_SLOTS = 512  # entries that a program writes at a time; a small chunk has fewer
+_SLOTS = 512  # entries that a program writes at a time; a small chunk's runs are fewer
 _SLOTS_OF_FEW = 128
 
 
@@ -296,7 +296,7 @@ def select_clusters(
         BLOCK_CHUNKS=triton.next_power_of_2(chunks),
         CHUNK_SIZE=chunk,
         LOG_CHUNK=chunk.bit_length() - 1,
-        SLOTS=slots or (_SLOTS_OF_FEW if chunk == 256 and not normalised else _SLOTS),
+        SLOTS=slots or (_SLOTS_OF_FEW if chunk == 256 and width > 1 else _SLOTS),
         PDL=dev.has_dependent_launch(offsets.device),
         num_warps=warps * (1 if rows <= 4 else 2),
         **dev.launch_options(offsets.device),
