@@ -196,6 +196,20 @@ def judge_whole(
     return (weights @ torch.cat(means, 1)).reshape(query.shape), lse.reshape(batch, q_heads, queries)
 
 
+def decided(query: Tensor, layer: ClusteredKeys, log_thresholds: Tensor, scale: float) -> Tensor:
+    """[B, Hk] bool: no score lies so near its level's threshold that rounding to 16 bits could decide about it."""
+    sure = torch.ones(query.shape[0], layer.keys.shape[0], dtype=torch.bool, device=query.device)
+    allowed = None
+    for depth in reversed(range(len(layer.levels))):
+        here = layer.levels[depth]
+        scores = reference.score_centroids(query, here.centroids, here.sizes, scale, allowed, here.spread, layer.scales)
+        sure &= ((scores - log_thresholds[depth]).abs() < 0.003).logical_not().all(-1)
+        if depth:
+            selected = reference.select_clusters(scores, float(log_thresholds[depth]))
+            allowed = reference.expand_to_children(selected, here.offsets, layer.levels[depth - 1].shape[1])
+    return sure
+
+
 def _rows(layer: ClusteredKeys, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     if layer.scales is None:
         return keys.double(), values.double()

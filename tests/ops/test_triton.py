@@ -25,6 +25,7 @@ from squeezed.ops.triton.score import score_few_rows
 from squeezed.ops.triton.score_many import score_many_rows
 from tests.ops.cases import (
     Case,
+    decided,
     judge,
     judge_whole,
     list_to_mask,
@@ -287,6 +288,11 @@ def assert_matches_whole(case: Case, keep: float | None = None, short: int = 3) 
     end = layer.tokens - short
     output, lse, _ = attend_fixed(query, layer, thresholds, end, scale)
     expected, expected_lse = judge_whole(query, layer, thresholds, end, scale)
+    if case.batch > 64 and keep is None:
+        # Among many questions there is always one whose selection hangs on a rounding.
+        sure = decided(query, layer, thresholds, scale).repeat_interleave(case.q_heads // case.kv_heads, 1)
+        assert sure.float().mean() > 0.5
+        output, lse, expected, expected_lse = (x[sure] for x in (output, lse, expected, expected_lse))
     assert relative_error(output, expected) < STORED_TOLERANCE[case.dtype]
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-3, atol=LSE_TOLERANCE[case.dtype])
 
