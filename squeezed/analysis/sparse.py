@@ -22,7 +22,7 @@ class Squeeze:
     coarse: float | None = None  # level-1 centroids; None for one level
     coarse_kept: float = 0.5  # share of the fine centroids evaluated after level 1
     window: int = 100  # observation window: last tokens of the fixed context, never clustered, always attended
-    block: int = 256  # user-input queries that share one selection
+    block: int = 512  # user-input queries that share one selection
 
     @property
     def name(self) -> str:
