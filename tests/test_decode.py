@@ -11,7 +11,7 @@ from squeezed.answer import Answer, Conversation, Decoding, ask
 from squeezed.attention import attached
 from squeezed.context import FixedContext
 from squeezed.decode import loop
-from squeezed.decode.sampler import Sampler, Sampling, nucleus
+from squeezed.decode.sampler import Sampler, Sampling, _in_two_rounds, largest, nucleus
 from squeezed.decode.step import DecodeStep
 
 TOKENIZER = tiny.tokenizer()
@@ -140,6 +140,14 @@ def test_a_nucleus_holds_the_fewest_tokens_that_reach_top_p() -> None:
     scores = torch.tensor([[0.5, 0.1, 0.15, 0.25]]).log()
     for top_p, expected in ((0.4, [0]), (0.5, [0]), (0.6, [0, 3]), (0.8, [0, 2, 3]), (1.0, [0, 1, 2, 3])):
         assert nucleus(scores, top_p)[0].isfinite().nonzero().flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("vocabulary", [87, 64, 640])
+def test_the_first_of_the_largest_is_taken(vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = torch.randint(9, (5, vocabulary)).float()
+    expected = scores.argmax(-1, keepdim=True)
+    assert torch.equal(largest(scores), expected)
+    assert torch.equal(_in_two_rounds(scores, 1 if vocabulary == 87 else 64), expected)
 
 
 def test_samples_follow_the_temperature() -> None:

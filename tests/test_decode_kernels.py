@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from squeezed.answer import Decoding, ask
 from squeezed.context import FixedContext
-from squeezed.decode import fused, largest_triton, loop, own, own_triton
+from squeezed.decode import fused, loop, own, own_triton
 from squeezed.decode.linear_triton import Norm, Tiling, gated, project
 from squeezed.decode.qkv_triton import project_rotated
 from squeezed.decode.step import DecodeStep
@@ -157,18 +157,6 @@ def test_products_with_norms_biases_and_residuals(
     up = draw(rows, columns)
     both = gated(x, weights[0], up, norm, tiling)
     assert_same(both, silu(weights[0].double() @ normed) * (up.double() @ normed), 2 * tolerance)
-
-
-@on_device
-@pytest.mark.parametrize("vocabulary", [1, 87, 1024, 5000, *([] if INTERPRETED else [128256])])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])])
-def test_the_first_of_the_largest_is_taken(vocabulary: int, dtype: torch.dtype) -> None:
-    scores = torch.randint(-9, 9, (5, vocabulary), device=DEVICE).to(dtype)
-    scores[1] = -3
-    scores[2, : vocabulary // 2] = float("-inf")
-    scores[3, vocabulary // 2] = 100
-    first = (scores == scores.amax(-1, keepdim=True)).int().argmax(-1, keepdim=True)
-    assert torch.equal(largest_triton.largest(scores), first)
 
 
 @on_device

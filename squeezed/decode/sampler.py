@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -78,11 +77,15 @@ class Sampler:
 
 def largest(scores: Tensor) -> Tensor:
     """Index [B, 1] of the first of the largest scores [B, V]."""
-    if scores.is_cuda and find_spec("triton") is not None:
-        from squeezed.decode import largest_triton
+    piece = next((size for size in (512, 256, 128, 64) if scores.shape[-1] % size == 0), None)
+    # A GPU gives one long row to few programs.
+    return scores.argmax(-1, keepdim=True) if piece is None or not scores.is_cuda else _in_two_rounds(scores, piece)
 
-        return largest_triton.largest(scores.contiguous())
-    return scores.argmax(-1, keepdim=True)
+
+def _in_two_rounds(scores: Tensor, piece: int) -> Tensor:
+    best, place = scores.unflatten(-1, (-1, piece)).max(-1)
+    winner = best.argmax(-1, keepdim=True)
+    return winner * piece + place.gather(-1, winner)
 
 
 def nucleus(scores: Tensor, top_p: float) -> Tensor:

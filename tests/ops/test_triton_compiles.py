@@ -19,7 +19,7 @@ from triton.compiler import ASTSource, compile
 from triton.runtime.jit import JITFunction
 from squeezed.clustering import triton as clustering
 from squeezed.clustering.steps import Buckets, Centres
-from squeezed.decode import largest_triton, linear_triton, own, own_triton, qkv_triton
+from squeezed.decode import linear_triton, own, own_triton, qkv_triton
 from squeezed.ops.triton import OwnKeys, Tally, attend_fixed, attend_with_own, merge_attention
 from tests.ops.cases import Case, make_layer, make_query
 
@@ -74,7 +74,6 @@ _, parts = own_triton.attend_own(query, mine, 0.1, rope)
 out = (torch.zeros(1, query.shape[1], 1, case.head_dim), torch.zeros(1, query.shape[1], 1))
 own_triton.join(parts, out, None, mine, query)
 merge_attention([out, out])
-largest_triton.largest(torch.zeros(1, 128256, dtype=half))
 for dim in (128, 256):
     keys, squares, labels = torch.zeros(2, 300, dim, dtype=torch.half), torch.zeros(2, 300), torch.zeros(2, 300).int()
     centres = Centres(torch.zeros(2, 40, dim), torch.zeros(2, 40), torch.zeros(2, 40))
