@@ -91,7 +91,7 @@ def build(
     head_dim: Annotated[int, typer.Option(help="Dimension of a head.")] = 128,
     clusters: Annotated[float, typer.Option(help="Clusters as a share of the keys.")] = 0.05,
     levels: Annotated[int, typer.Option(help="Cluster levels, 1 to 3.")] = 1,
-    preset: Annotated[str, typer.Option(help="best: ours; compact: with keys in 8 bits; paper: the published method.")] = "best",
+    preset: Annotated[str, typer.Option(help="best: ours; compact: keys in 8 bits; paper: as published.")] = "best",
     dtype: DType = "auto",
     as_json: JsonFlag = False,
 ) -> None:
@@ -231,7 +231,7 @@ def needle(
     depths: Annotated[int, typer.Option(help="Places to hide the needle, 2 to 10.")] = 10,
     sparsity: Annotated[list[float] | None, typer.Option(help="May be given several times.")] = None,
     levels: Annotated[list[int] | None, typer.Option(help="May be given several times.")] = None,
-    preset: Annotated[str, typer.Option(help="best: ours; compact: with keys in 8 bits; paper: the published method.")] = "best",
+    preset: Annotated[str, typer.Option(help="best: ours; compact: keys in 8 bits; paper: as published.")] = "best",
     device: Device = "auto",
     dtype: DType = "auto",
     as_json: JsonFlag = False,

@@ -18,7 +18,7 @@ def build(
     model: Annotated[str, typer.Argument(help="Local transformers folder, .gguf file, hub name, or demo.")],
     files: Annotated[list[str], typer.Argument(help="Text files, joined in this order.", show_default=False)],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.", show_default=False)],
-    preset: Annotated[str, typer.Option(help="best: ours; compact: with keys in 8 bits; paper: the published method.")] = "best",
+    preset: Annotated[str, typer.Option(help="best: ours; compact: keys in 8 bits; paper: as published.")] = "best",
     clusters: Annotated[float | None, typer.Option(help="Clusters as a share of the keys.")] = None,
     levels: Annotated[int | None, typer.Option(help="Cluster levels, 1 to 3.")] = None,
     window: Annotated[int | None, typer.Option(help="Last tokens that are always attended.")] = None,
