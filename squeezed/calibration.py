@@ -73,11 +73,19 @@ class ThresholdCurves:
         return cls(grid, torch.tensor([1]), torch.full((levels, 1, 2), -math.inf, dtype=torch.float64))
 
     def at(self, sparsity: float, queries: int) -> tuple[float, ...]:
-        """Log threshold of each level, finest first, interpolated in sparsity and in the logarithm of `queries`."""
+        """Log threshold of each level, finest first, interpolated in sparsity and in the logarithm of `queries`.
+
+        With coarser levels whose thresholds still change, those of the nearest sparsity that is stored, at most 0.025
+        away: a finer threshold fits what is left by the coarser ones that it was found with, and by no others.
+        """
+        levels = self.log_thresholds.shape[0]
+        if levels > 1 and sparsity < _COARSE_FULL:
+            stored = self.sparsities[self.sparsities < 1]
+            sparsity = float(stored[(stored - sparsity).abs().argmin()])
         if sparsity <= 0:
-            return (-math.inf,) * self.log_thresholds.shape[0]
+            return (-math.inf,) * levels
         if sparsity >= 1:
-            return (math.inf,) * self.log_thresholds.shape[0]
+            return (math.inf,) * levels
         counts = self.query_counts.tolist()
         above = next((i for i, count in enumerate(counts) if count >= queries), len(counts) - 1)
         below = above if counts[above] <= queries else above - 1

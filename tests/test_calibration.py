@@ -43,6 +43,11 @@ def test_the_asked_share_is_dropped(levels: int, count: int, sparsity: float) ->
     assert sum(shares) / 2 == pytest.approx(sparsity, abs=0.03)
 
 
+def test_before_calibration_nothing_is_dropped_whatever_is_asked() -> None:
+    for levels in (1, 2, 3):
+        assert ThresholdCurves.keep_everything(levels).at(0.6, 1) == (-math.inf,) * levels
+
+
 def test_one_threshold_lets_a_flat_layer_keep_more_than_a_sharp_one() -> None:
     made, query = layers(1), queries()
     curves = calibrate(made, [[query], [query]], [SCALE, SCALE])
