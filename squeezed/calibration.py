@@ -92,11 +92,13 @@ class ThresholdCurves:
         share = 0.0
         if above != below:
             share = math.log(queries / counts[below]) / math.log(counts[above] / counts[below])
-        return tuple(
-            (1 - share) * _interpolate(self.sparsities, curves[below], sparsity)
-            + share * _interpolate(self.sparsities, curves[above], sparsity)
-            for curves in self.log_thresholds
-        )
+        found = []
+        for curves in self.log_thresholds:
+            threshold = _interpolate(self.sparsities, curves[below], sparsity)
+            if share:
+                threshold = (1 - share) * threshold + share * _interpolate(self.sparsities, curves[above], sparsity)
+            found.append(threshold)
+        return tuple(found)
 
     def sparsity_for(self, error: float) -> float:
         """The largest sparsity whose measured error is at most `error`.
