@@ -117,19 +117,14 @@ def _kmeans(
     vectors: Tensor, clusters: int, iterations: int, mass: Tensor | None, metric: str, space: Tensor | None
 ) -> Tensor:
     rows, squares = _prepare(vectors, metric, space)
-    labels = _first_labels(rows, squares, mass, clusters)
-    centres = _centres(rows, *_sorted(labels, clusters), mass)
-    groups = _group(centres, _GROUP, _CANDIDATES)
+    labels, groups = _regrouped(rows, _first_labels(rows, squares, mass, clusters), mass, clusters)
     moved, mended, looked_at = torch.zeros((), dtype=torch.int64, device=rows.device), rows.new_zeros(1), 0
-    labels = groups.number.gather(1, labels.long()).to(labels.dtype)
     for iteration in range(iterations):
         if iteration and iteration % _REGROUP == 0:
             if int(moved) < _SETTLED * looked_at and float(mended.max()) < _MENDED:
                 break
-            centres = _centres(rows, *_sorted(labels, clusters), mass)
             # Until the second grouping, clusters that began anew were many.
-            groups = _group(centres, _GROUP, _CANDIDATES, groups if iteration > _REGROUP else None)
-            labels = groups.number.gather(1, labels.long()).to(labels.dtype)
+            labels, groups = _regrouped(rows, labels, mass, clusters, groups if iteration > _REGROUP else None)
             moved.zero_()
             looked_at = 0
         if iteration < _REGROUP or iteration % _REGROUP == 0:
@@ -141,6 +136,15 @@ def _kmeans(
         moved += (before != labels).sum()
         looked_at += labels.numel() // 2
     return labels.long()
+
+
+def _regrouped(
+    rows: Tensor, labels: Tensor, mass: Tensor | None, clusters: int, before: _Groups | None = None
+) -> tuple[Tensor, _Groups]:
+    """The clusters of `labels` in groups, see `_group`, and the labels in the groups' numbers."""
+    centres = _centres(rows, *_sorted(labels, clusters), mass)
+    groups = _group(centres, _GROUP, _CANDIDATES, before)
+    return groups.number.gather(1, labels.long()).to(labels.dtype), groups
 
 
 def _prepare(vectors: Tensor, metric: str, space: Tensor | None) -> tuple[Tensor, Tensor]:

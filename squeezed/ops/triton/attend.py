@@ -2,9 +2,9 @@
 
 The tiles of all heads and questions form one row, the questions of a head side by side, since they keep much the same
 keys; each group of programs takes an equal, contiguous share of it, so the machine stays full however unequally heads
-keep keys. A group has one program per block of query rows; these read the
-same keys at the same time, so that the L2 cache serves all but the first. Every group leaves a partial result for each
-head it meets, and these are joined in a fixed order: no atomics, the same sums in every run.
+keep keys. A group has one program per block of query rows; these read the same keys at the same time, so that the L2
+cache serves all but the first. Every group leaves a partial result for each head it meets, and these are joined in a
+fixed order: no atomics, the same sums in every run.
 """
 
 # mypy: allow-untyped-defs, disable-error-code="attr-defined"
