@@ -185,7 +185,6 @@ def project(
         sum(sizes),
         BLOCK_N=block,
         BLOCK_K=tiling.columns,
-        PDL=dev.has_dependent_launch(x.device),
         num_warps=tiling.warps,
         **dev.launch_options(x.device),
     )
@@ -208,7 +207,6 @@ def gated(x: Tensor, gate: Tensor, up: Tensor, norm: Norm, tiling: Tiling | None
         rows,
         BLOCK_N=tiling.rows,
         BLOCK_K=tiling.columns,
-        PDL=dev.has_dependent_launch(x.device),
         num_warps=tiling.warps,
         **dev.launch_options(x.device),
     )

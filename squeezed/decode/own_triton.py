@@ -166,7 +166,6 @@ def attend_own(query: Tensor, own: OwnTokens, scale: float, rope: Rope | None = 
         BLOCK_R=dev.padded_rows(group),
         BLOCK_N=_BLOCK_SLOTS,
         PRECISION=dev.dot_precision(query.dtype),
-        PDL=dev.has_dependent_launch(query.device),
         **dev.launch_options(query.device),
     )
     return rotated, Parts(output, lse)
@@ -254,7 +253,6 @@ def join(
         BLOCK_PARTS=triton.next_power_of_2(count),
         BLOCK_HEADS=triton.next_power_of_2(kv_heads),
         LEVELS=0 if kept is None else kept.shape[0],
-        PDL=dev.has_dependent_launch(like.device),
         num_warps=4,
         **dev.launch_options(like.device),
     )

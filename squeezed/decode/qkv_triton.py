@@ -152,7 +152,6 @@ def project_rotated(
         HEAD_DIM=head_dim,
         PAIRS=pairs,
         BLOCK_K=tiling.columns,
-        PDL=dev.has_dependent_launch(x.device),
         num_warps=tiling.warps,
         **dev.launch_options(x.device),
     )

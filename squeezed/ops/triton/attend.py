@@ -350,7 +350,7 @@ def attend_list(
         FAST=not dev.INTERPRETED,
         num_warps=config.warps,
         **_tiling(parts, problems),
-        **_launch(query),
+        **dev.launch_options(query.device),
         **({"maxnreg": config.registers} if config.registers else {}),
     )
     return parts
@@ -407,7 +407,7 @@ def join_list(
         MORE_PARTS=triton.next_power_of_2(more.lse.shape[1]) if more else 1,
         LEVELS=tally.total.shape[0] if tally else 0,
         **_tiling(parts, problems),
-        **_launch(query),
+        **dev.launch_options(query.device),
     )
     return output, lse
 
@@ -419,7 +419,3 @@ def _tiling(parts: ListParts, problems: int) -> dict[str, int]:
         "BLOCK_N": parts.config.block_keys,
         "BLOCK_PROBLEMS": triton.next_power_of_2(problems),
     }
-
-
-def _launch(query: Tensor) -> dict[str, bool]:
-    return {"PDL": dev.has_dependent_launch(query.device), **dev.launch_options(query.device)}

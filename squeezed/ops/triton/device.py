@@ -30,8 +30,8 @@ def has_dependent_launch(device: torch.device) -> bool:
 
 
 def launch_options(device: torch.device) -> dict[str, Any]:
-    """Launch keywords that let a kernel's launch overlap the end of the one before it."""
-    return {"launch_pdl": True} if has_dependent_launch(device) else {}
+    """Launch keywords that let a kernel's launch overlap the end of the one before it; PDL tells the kernel so."""
+    return {"PDL": True, "launch_pdl": True} if has_dependent_launch(device) else {"PDL": False}
 
 
 def padded_rows(rows: int) -> int:

@@ -275,7 +275,6 @@ def score_few_rows(
         PRECISION=dev.dot_precision(query.dtype),
         PACKED=packed,
         FAST=not dev.INTERPRETED,
-        PDL=dev.has_dependent_launch(query.device),
         num_warps=warps,
         **dev.launch_options(query.device),
     )

@@ -260,7 +260,7 @@ def score_many_rows(
     row_lse, result = empty(kv_heads, splits, batch * rows), empty(batch * kv_heads, 1, capacity)
     log_sizes, log_weights = empty(sizes.shape), empty(kv_heads, batch * rows)
     sync = torch.empty(sync_words, dtype=torch.int64, device=query.device)
-    launch = {"PDL": dev.has_dependent_launch(query.device), **dev.launch_options(query.device)}
+    launch = dev.launch_options(query.device)
 
     def reduce_product(rows_first: bool, pieces: int, splits: int, questions: int, block: int, across: int) -> None:
         _reduce_product[(pieces * questions, splits, kv_heads)](

@@ -297,7 +297,6 @@ def select_clusters(
         CHUNK_SIZE=chunk,
         LOG_CHUNK=chunk.bit_length() - 1,
         SLOTS=slots or (_SLOTS_OF_FEW if chunk == 256 and width > 1 else _SLOTS),
-        PDL=dev.has_dependent_launch(offsets.device),
         num_warps=warps * (1 if rows <= 4 else 2),
         **dev.launch_options(offsets.device),
     )

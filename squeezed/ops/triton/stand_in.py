@@ -304,7 +304,6 @@ def attend_left_out(
     result = Parts.empty(problems, parts, rows, head_dim, query.device)
     launch = {
         "HEAD_DIM": head_dim,
-        "PDL": dev.has_dependent_launch(query.device),
         "num_warps": config.warps,
         **dev.launch_options(query.device),
     }
