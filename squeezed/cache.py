@@ -61,10 +61,10 @@ class Read(NamedTuple):
     """What one block of queries that share a selection read; nothing is computed from it until it is asked for.
 
     Attributes:
-        rows: questions of the batch; a single one may stand for several queries that selected for themselves.
+        rows: questions of the batch; a single one may stand for several blocks or queries that selected for themselves.
         decode: a generated token, otherwise part of a question.
         kept: [levels, B, Hk], see `squeezed.ops.attend_fixed`; None if everything was attended.
-        batch: number of selections, one per question or query.
+        batch: number of selections, one per question, block or query.
         steps: selections of each question that `kept` is the sum of.
     """
 
