@@ -94,14 +94,19 @@ class Answer:
     path: str = "transformers"
 
     @property
+    def _typical(self) -> Usage:
+        """What generated tokens read; the question's, where it was answered by one token."""
+        return self.decode if self.tokens > 1 else self.prefill
+
+    @property
     def kept_fraction(self) -> float:
-        """Share of the clustered keys attended, question and answer together."""
-        return (self.prefill + self.decode).kept_fraction
+        """Share of the clustered keys that a generated token attended to."""
+        return self._typical.kept_fraction
 
     @property
     def kv_budget(self) -> float:
-        """Bytes read over bytes of the full KV, question and answer together."""
-        return (self.prefill + self.decode).kv_budget
+        """Bytes that a generated token read over bytes of the full KV."""
+        return self._typical.kv_budget
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -111,6 +116,7 @@ class Answer:
             "kept_fraction": round(self.kept_fraction, 5),
             "kv_budget": round(self.kv_budget, 5),
             "kept_fraction_prefill": round(self.prefill.kept_fraction, 5),
+            "kv_budget_prefill": round(self.prefill.kv_budget, 5),
             "kept_fraction_decode": round(self.decode.kept_fraction, 5) if self.tokens > 1 else None,
             "seconds": {name: round(value, 4) for name, value in self.seconds.items()},
             "path": self.path,
@@ -135,7 +141,7 @@ def ask(
         on_text: called with each new piece of the answer as it is generated; for a single question only.
         steps: where to keep what is captured on a GPU, by default with the context. On a CPU, generation is
             transformers' own unless this is given.
-        adaptive: on a GPU, attend to everything where selecting would take longer than it saves.
+        adaptive: attend to everything where selecting would take longer than it saves, see `squeezed.cache.Selection`.
 
     Raises:
         InputError: an empty question, one that does not fit the model's positions, sparsity outside 0 to 1.

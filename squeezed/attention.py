@@ -70,27 +70,31 @@ def real_tokens(attention_mask: Tensor | None, query: Tensor) -> list[slice] | N
 def attend_fixed(query: Tensor, layer: FixedLayer, real: list[slice] | None, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of all queries to the fixed part: output [B, Hq, M, D] float32 and lse [B, Hq, M].
 
-    A short question's queries each select for themselves; a longer one's are taken in blocks that share a selection,
-    many in one call: each block is to the operator what a question of a batch is. Blocks start at each question's own
-    first token, never at its padding, so that a question's answer does not depend on its batch neighbours.
+    A short question reads everything in one pass or, unless the selection is adaptive, its queries each select for
+    themselves; a longer one's are taken in blocks that share a selection, many in one call: each block is to the
+    operator what a question of a batch is. Blocks start at each question's own first token, never at its padding, so
+    that a question's answer does not depend on its batch neighbours.
     """
     if layer.observed is not None:
         layer.observed.append(query)
-    queries, selection = query.shape[2], layer.selection
-    if dense.serves(query, layer.index.keys) and takes_everything(query, layer):
-        return _attend_block(query, layer, slice(None), layer.own_length > 1 and queries == 1, scale)
-    if queries == 1 or (query.shape[0] == 1 and selection.block_of(queries, layer.index) == queries):
-        return _attend_block(query, layer, slice(None), layer.own_length > 1 and queries == 1, scale)
+    queries, selection, index = query.shape[2], layer.selection, layer.index
+    decode = queries == 1 and layer.own_length > 1
+    whole = selection.reads_whole(queries, index)
+    if dense.serves(query, index.keys) and (whole or takes_everything(query, layer)):
+        return _attend_block(query, layer, slice(None), decode, scale, whole)
+    if queries == 1 or (query.shape[0] == 1 and selection.block_of(queries, index) == queries):
+        return _attend_block(query, layer, slice(None), decode, scale, whole)
     output, lse = torch.empty_like(query, dtype=torch.float32), query.new_empty(query.shape[:3], dtype=torch.float32)
     for row in range(query.shape[0]):
         span = real[row] if real else slice(0, queries)
         output[row, :, : span.start], lse[row, :, : span.start] = 0.0, float("-inf")  # padding sees nothing
-        block = selection.block_of(span.stop - span.start, layer.index)
-        for part in _calls(span, block, _blocks_at_once(query, layer.index, block)):
+        length = span.stop - span.start
+        block, whole = selection.block_of(length, index), selection.reads_whole(length, index)
+        for part in _calls(span, block, _blocks_at_once(query, index, block)):
             size = min(block, part.stop - part.start)
             # [blocks, Hq, queries of a block, D]
             blocks = query[row, :, part].unflatten(1, (-1, size)).transpose(0, 1)
-            found, found_lse = _attend_block(blocks, layer, slice(row, row + 1), False, scale)
+            found, found_lse = _attend_block(blocks, layer, slice(row, row + 1), False, scale, whole)
             output[row, :, part], lse[row, :, part] = (x.transpose(0, 1).flatten(1, 2) for x in (found, found_lse))
     return output, lse
 
@@ -114,19 +118,23 @@ def _calls(span: slice, block: int, at_once: int) -> list[slice]:
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], span.stop], strict=True) if a < b]
 
 
-def _attend_block(query: Tensor, layer: FixedLayer, rows: slice, decode: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _attend_block(
+    query: Tensor, layer: FixedLayer, rows: slice, decode: bool, scale: float, whole: bool = False
+) -> tuple[Tensor, Tensor]:
     """One selection for all M queries; `rows` (questions of the batch) and `decode` are for the record."""
-    output, lse, kept = _attend_once(query, layer, scale)
+    output, lse, kept = _attend_once(query, layer, scale, whole)
     layer.reads.append(Read(rows, decode, kept, query.shape[0]))
     return output, lse
 
 
-def _attend_once(query: Tensor, layer: FixedLayer, scale: float) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Output, lse and what was kept, None if everything was attended without looking at centroids."""
+def _attend_once(
+    query: Tensor, layer: FixedLayer, scale: float, whole: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Output, lse and what was kept, None if everything was attended without looking at centroids; `whole` asks so."""
     index, end = layer.index, layer.window_end
-    if dense.serves(query, index.keys) and takes_everything(query, layer):
+    if dense.serves(query, index.keys) and (whole or takes_everything(query, layer)):
         return *dense.attend_dense(query, index.keys, index.values, end, scale), None
-    thresholds = layer.selection.thresholds(query)
+    thresholds = None if whole else layer.selection.thresholds(query)
     output, lse, kept = ops.attend_fixed(query, index, thresholds, end, scale, layer.selection.voters)
     return output, lse, None if thresholds is None else kept
 
@@ -134,7 +142,7 @@ def _attend_once(query: Tensor, layer: FixedLayer, scale: float) -> tuple[Tensor
 def takes_everything(query: Tensor, layer: FixedLayer) -> bool:
     """Whether [B, Hq, M, D] attend to all keys: as asked, or because selecting would take longer than it saves."""
     selection, index = layer.selection, layer.index
-    if selection.curves is None or selection.sparsity == 0:
+    if selection.is_dense:
         return True
     if not selection.adaptive or not ops.uses_triton(query):
         return False

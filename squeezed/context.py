@@ -314,7 +314,8 @@ class FixedContext:
             sparsity: share of the clustered keys to leave out, 0 to 1.
             dense: attend to everything without looking at centroids.
             given_up: last fixed tokens not to use, see :meth:`inputs`.
-            adaptive: on a GPU, attend to everything where selecting would take longer than it saves.
+            adaptive: attend to everything where selecting would take longer than it saves, see
+                `squeezed.cache.Selection`.
 
         Raises:
             InputError: sparsity outside 0 to 1.

@@ -125,18 +125,25 @@ def test_smollm2_on_a_gpu_writes_what_it_writes_on_a_cpu() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("questions", [tiny.QUESTIONS[1:2], tiny.QUESTIONS], ids=["one", "batch"])
-def test_every_family_writes_on_a_gpu_what_it_writes_on_a_cpu(family: str, questions: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_every_family_writes_on_a_gpu_what_it_writes_on_a_cpu(
+    family: str, questions: tuple[str, ...], adaptive: bool
+) -> None:
+    """Float32, which the dense kernels do not serve: generated tokens select, whatever the cost model says."""
     tokenizer, model = tiny.tokenizer(), tiny.model(family)
     context = FixedContext.from_text(model, tokenizer, tiny.text(), tiny.BUILD)
-    expected = ask(model, tokenizer, context, questions, 0.7, decoding=Decoding(16))
+    expected = ask(model, tokenizer, context, questions, 0.7, decoding=Decoding(16), adaptive=adaptive)
     model, context = model.to("cuda"), context.to("cuda")
-    found = ask(model, tokenizer, context, questions, 0.7, decoding=Decoding(16), adaptive=False)
-    path = FAMILIES[family]
-    assert found[0].path == ("graph" if len(questions) > 1 and path.endswith("graph") else path)
+    found = ask(model, tokenizer, context, questions, 0.7, decoding=Decoding(16), adaptive=adaptive)
+    if not adaptive:
+        path = FAMILIES[family]
+        assert found[0].path == ("graph" if len(questions) > 1 and path.endswith("graph") else path)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.text == theirs.text
         assert ours.kept_fraction == pytest.approx(theirs.kept_fraction, rel=1e-3)
         assert ours.kv_budget == pytest.approx(theirs.kv_budget, rel=1e-3)
+        assert ours.prefill.kv_budget == pytest.approx(theirs.prefill.kv_budget, rel=1e-3)
+        assert (ours.prefill.kv_budget == 1) == adaptive
 
 
 def test_a_context_built_on_the_gpu_answers_batches_and_follow_ups(

@@ -36,7 +36,11 @@ def ask(
     top_p: Annotated[float, typer.Option(help="Nucleus to sample from.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
     adaptive: Annotated[
-        bool, typer.Option(help="On a GPU, read every key where selecting would take longer than it saves.")
+        bool,
+        typer.Option(
+            help="Read every key where selecting would take longer than it saves: for a short question's tokens, and "
+            "on a GPU in short contexts."
+        ),
     ] = True,
     verify: Annotated[bool, typer.Option(help="Compare checksums before answering.")] = True,
     device: Device = "auto",
@@ -116,7 +120,7 @@ def _typed() -> Any:
 def _cost(result: Any) -> str:
     seconds = result.seconds
     cost = (
-        f"kept {result.kept_fraction:.1%} of the keys, KV budget {result.kv_budget:.3f}, "
+        f"each token read {result.kept_fraction:.1%} of the keys, KV budget {result.kv_budget:.3f}, "
         f"first token {seconds['first_token']:.2f} s, {result.tokens} tokens in {seconds['total']:.2f} s"
     )
     if result.path != "transformers" and not result.path.endswith("graph"):

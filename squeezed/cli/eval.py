@@ -28,6 +28,9 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(help="Folder or file of the suite's texts.")] = None,
     workers: Annotated[int, typer.Option(help="Processes that share the work, each with its own model.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    question: Annotated[
+        str, typer.Option(help="How a question's own tokens are read: whole, or by the method, each: selects.")
+    ] = "whole",
     device: Device = "auto",
     dtype: DType = "auto",
 ) -> None:
@@ -56,6 +59,7 @@ def evaluate(
         tasks=tuple(_split(tasks)),
         data=str(data) if data else "",
         seed=seed,
+        question=question,
     )
 
     from squeezed.cli.progress import Answers

@@ -22,8 +22,9 @@ def answer_questions(
     rows: Sequence[Row],
     done: set[tuple[str, str]],
     on_stage: Callable[[str], None] = lambda stage: None,
+    whole: bool = True,
 ) -> Iterator[list[Record]]:
-    """Records of each sample in turn; rows that are done already are left out.
+    """Records of each sample in turn; rows that are done already are left out. `whole`: see `answer_rows`.
 
     Raises:
         InputError: a question that does not fit the model behind its context.
@@ -35,11 +36,11 @@ def answer_questions(
             continue
         prepared = prepared or Prepared(subject, job.context, on_stage)
         on_stage(f"answering {sample.task}")
-        yield answer_sample(prepared, sample, rows, missing, job.length)
+        yield answer_sample(prepared, sample, rows, missing, job.length, whole)
 
 
 def answer_sample(
-    prepared: Prepared, sample: Sample, rows: Sequence[Row], missing: Sequence[Row], length: int
+    prepared: Prepared, sample: Sample, rows: Sequence[Row], missing: Sequence[Row], length: int, whole: bool = True
 ) -> list[Record]:
     """One record for each missing row."""
     subject = prepared.subject
@@ -52,11 +53,11 @@ def answer_sample(
             "for; choose a smaller --length"
         )
     full = next(row for row in rows if row.budget is None)
-    dense = dense_answer(prepared, full, question, most)
+    dense = dense_answer(prepared, full, question, most, whole)
     others = [row for row in missing if row.budget is not None]
     guesses = Guesses()
     guesses.add([*prepared.prefix.ids, *question[1], *dense])
-    found = answer_rows(prepared, others, question, most, dense, guesses) if others else []
+    found = answer_rows(prepared, others, question, most, dense, guesses, whole=whole) if others else []
     answers = {row.key: (answer.tokens, answer.kv_budget) for row, answer in zip(others, found, strict=True)}
     answers[full.key] = (dense, 1.0)
     records = []

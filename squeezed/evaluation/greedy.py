@@ -1,6 +1,6 @@
 """Greedy answers of many rows at once, token for token those of generating one after another, in few forward passes.
 
-Every query token selects for itself, so what a row attends to at a position does not depend on how many positions one
+Every token selects for itself (but for a question that is read whole, at once, before), so what a row attends to at a position does not depend on how many positions one
 pass covers. A guessed continuation can therefore be checked in one pass: as long as the row's own highest token equals
 the guess, the guess is the row's greedy answer. The guess is the dense answer first, and where a row has left it, what
 followed the same last tokens in the context, the question or another row's answer. Wrong guesses cost a pass nothing
@@ -34,7 +34,8 @@ class RowAnswer:
 
     Attributes:
         tokens: up to and including the stop token, if one came.
-        kv_budget: bytes read over bytes of the full KV, mean over the query tokens (question and answer).
+        kv_budget: bytes read over bytes of the full KV, mean over the tokens that their row's method read for: the
+            answer's, and the question's unless it is read whole. 1 if there is none, the answer being one token long.
     """
 
     tokens: list[int]
@@ -73,6 +74,7 @@ def answer_rows(
     dense: Sequence[int] = (),
     guesses: Guesses | None = None,
     together: int = 64,
+    whole: bool = True,
 ) -> list[RowAnswer]:
     """Greedy answers of all rows to one question.
 
@@ -83,11 +85,13 @@ def answer_rows(
         dense: the dense answer if it is known; guessed first.
         guesses: more places to look for continuations; answers are added.
         together: most rows in one pass; bounds memory.
+        whole: read the whole fixed context for the question, in one pass for all rows, as `ask` does; otherwise each of
+            its tokens is attended by the row's method.
     """
     guesses = guesses if guesses is not None else Guesses()
     answers: list[RowAnswer] = []
     for first in range(0, len(rows), together):
-        batch = _Batch(prepared, rows[first : first + together], question, max_new_tokens, dense, guesses)
+        batch = _Batch(prepared, rows[first : first + together], question, max_new_tokens, dense, guesses, whole)
         answers += batch.run()
     return answers
 
@@ -103,8 +107,10 @@ class _Batch:
         max_new_tokens: int,
         dense: Sequence[int],
         guesses: Guesses,
+        whole: bool,
     ) -> None:
         given_up, self.ids = question
+        self.whole = whole
         self.subject = prepared.subject
         self.most = max_new_tokens
         self.dense, self.guesses = list(dense), guesses
@@ -120,11 +126,29 @@ class _Batch:
 
     def run(self) -> list[RowAnswer]:
         with torch.inference_mode(), scoring(self.subject.model):
+            if self.whole:
+                self._read_question()
             while pending := [row for row, done in enumerate(self.done) if not done]:
                 self._pass(pending)
             self.recorded = None
             budgets = self._budgets()
         return [RowAnswer(answer, budget) for answer, budget in zip(self.answers, budgets, strict=True)]
+
+    def _read_question(self) -> None:
+        """The question in one pass over everything, once for all rows; each row's method begins with the answer."""
+        place, count = self.cache.place, len(self.ids)
+        place.begin([0], count)
+        place.whole = True
+        said = self.step(_padded([self.ids], count).to(self.subject.device), 1)
+        place.whole = False
+        for layer in self.cache.layers:
+            layer.share_first_row(count)
+        place.accept(dict.fromkeys(range(len(self.answers)), count))
+        first = int(said[0, -1])
+        for row, answer in enumerate(self.answers):
+            answer.append(first)
+            self.pending[row] = [first]
+            self.done[row] = first in self.subject.stops or self.most == 1
 
     def _guess(self, row: int, room: int) -> list[int]:
         """Tokens that may follow what the row has answered so far."""
@@ -230,6 +254,9 @@ class _Batch:
         layers, total = self.cache.scored_layers, self.cache.full_bytes
         budgets = []
         for row in range(len(self.answers)):
+            if not self.read[row]:
+                budgets.append(1.0)
+                continue
             read = torch.cat(self.read[row])
             if row in layers[0].ours:
                 kept = self.kept[row]
@@ -286,8 +313,10 @@ def _padded(rows: list[list[int]], width: int) -> Tensor:
     return fed
 
 
-def dense_answer(prepared: Prepared, full: Row, question: tuple[int, list[int]], max_new_tokens: int) -> list[int]:
-    """Full attention's greedy answer."""
+def dense_answer(
+    prepared: Prepared, full: Row, question: tuple[int, list[int]], max_new_tokens: int, whole: bool = True
+) -> list[int]:
+    """Full attention's greedy answer; `whole` as for the rows that it is compared with."""
     guesses = Guesses()
     guesses.add(prepared.prefix.ids)
-    return answer_rows(prepared, [full], question, max_new_tokens, guesses=guesses)[0].tokens
+    return answer_rows(prepared, [full], question, max_new_tokens, guesses=guesses, whole=whole)[0].tokens

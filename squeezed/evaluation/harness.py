@@ -77,7 +77,7 @@ def do(
     """One job's records, as they come."""
     rows = config.rows()
     if isinstance(job, Questions):
-        yield from answer_questions(subject, job, rows, done, on_stage)
+        yield from answer_questions(subject, job, rows, done, on_stage, config.question == "whole")
     else:
         yield measure_passage(subject, job, rows, done, config.suite, on_stage)
 

@@ -18,12 +18,14 @@ class Place:
         places: [A, width] int64, place of each fed token among its row's own.
         bytes: [A, width] float64, bytes of the fixed context that choosing methods read in the current pass, all layers
             together.
+        whole: the current pass reads all of the fixed context, whatever the rows' methods.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.host_lengths = [0] * rows
         self.device = device
+        self.whole = False
 
     def begin(self, rows: Sequence[int], width: int, reach: int | None = None) -> None:
         """Begin a pass; a fixed `reach` makes it one that can be recorded."""

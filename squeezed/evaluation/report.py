@@ -84,6 +84,7 @@ def _head(config: RunConfig) -> Metrics:
         "model": Path(config.model).name,
         "dtype": config.dtype,
         "seed": config.seed,
+        **({} if config.is_text else {"question": config.question}),
         "methods": {
             spec: {"title": title(spec), "paper": METHODS[spec.partition(":")[0]].paper} for spec in config.methods
         },

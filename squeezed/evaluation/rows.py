@@ -20,7 +20,7 @@ from squeezed.cache import FixedLayer, Read
 from squeezed.evaluation.methods.base import Asked, Choice, LayerContext, Method, products
 from squeezed.evaluation.place import Place
 from squeezed.evaluation.streams import side_by_side
-from squeezed.ops import merge_attention
+from squeezed.ops import dense, merge_attention
 
 _BATCHES = (32, 64, 128)  # query tokens that go to the GPU kernels together
 _LOGITS = {"cpu": 2**25, "cuda": 2**28}  # float32 logits held at once
@@ -76,6 +76,11 @@ class RowsLayer(DynamicLayer):
     def _read(self, store: Tensor) -> Tensor:
         """[A, heads, reach, D]"""
         return store[self.place.active, : self.place.reach].transpose(1, 2)
+
+    def share_first_row(self, tokens: int) -> None:
+        """Give every row the own tokens that were fed to row 0."""
+        for store in (self.keys, self.values):
+            store[1:, :tokens] = store[:1, :tokens]
 
     def get_seq_length(self) -> int:
         return self.place.reach
@@ -138,13 +143,27 @@ class ScoredLayer(RowsLayer):
         self.end, self.budgets = end, budgets
         self.observed: list[Tensor] | None = None
 
+    def share_first_row(self, tokens: int) -> None:
+        super().share_first_row(tokens)
+        assert self.queries is not None
+        self.queries[1:, :tokens] = self.queries[:1, :tokens]
+
     def attend(self, query: Tensor, scale: float) -> Tensor:
         if self.queries is None:
             self.queries = query.new_zeros(self.rows, self.capacity, query.shape[1], query.shape[-1])
         self._write(self.queries, query)
         if self.observed is not None:
             self.observed.append(query)
-        return merge_attention([self.fixed(query, scale)[:2], self._own(query, scale)])[0]
+        fixed = self._everything(query, scale) if self.place.whole else self.fixed(query, scale)[:2]
+        return merge_attention([fixed, self._own(query, scale)])[0]
+
+    def _everything(self, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Full attention to the fixed context, by the kernels that the product has for it."""
+        keys, values = self.context.keys[:, : self.end], self.context.values[:, : self.end]
+        if dense.serves(query, keys):
+            output, lse = dense.attend_dense(query, keys, values, self.end, scale)
+            return output.float(), lse
+        return attend_own(query, keys.unsqueeze(0), values.unsqueeze(0), None, scale)
 
     def fixed(self, query: Tensor, scale: float, mass: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Attention to the fixed context: output [A, Hq, M, D] float32, log-sum-exp [A, Hq, M], and with `mass` the

@@ -33,6 +33,9 @@ class RunConfig:
         tasks: empty is all of the suite's.
         data: folder or file of the suite's texts.
         seed: of the samples.
+        question: `whole`, read with all of the fixed context in one pass, as `ask` does and as the methods' papers do,
+            so that a budget is that of the answer's tokens; or `selects`, where each of its tokens is attended by the
+            method. TEXT_SUITES have no questions: there all that is scored is attended by the method.
     """
 
     suite: str
@@ -45,6 +48,7 @@ class RunConfig:
     tasks: tuple[str, ...] = ()
     data: str = ""
     seed: int = 0
+    question: str = "whole"
 
     def __post_init__(self) -> None:
         for budget in self.budgets:
@@ -55,6 +59,8 @@ class RunConfig:
                 raise InputError(f"length is {length}: expected at least 512 tokens")
         if self.samples < 1:
             raise InputError(f"samples is {self.samples}: expected at least 1")
+        if self.question not in ("whole", "selects"):
+            raise InputError(f"question is {self.question!r}: expected whole or selects")
         for spec in self.methods:
             find_method(spec)
         for name, given in (("method", self.methods), ("budget", self.budgets), ("length", self.lengths)):
@@ -110,7 +116,7 @@ class RunFolder:
         if (self.path / _CONFIG).exists():
             before = self.config()
             merged = _union(before, config)
-            for name in ("suite", "model", "dtype", "data", "seed"):
+            for name in ("suite", "model", "dtype", "data", "seed", "question"):
                 if getattr(before, name) != getattr(config, name):
                     raise InputError(
                         f"{self.path} holds a run with {name} {getattr(before, name)!r}, not "
@@ -140,7 +146,8 @@ class RunFolder:
             pairs = [line.split(": ", 1) for line in path.read_text("utf-8").splitlines() if line.strip()]
             values = {name: json.loads(value) for name, value in pairs}
             lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-            return RunConfig(**{**values, **lists})
+            # Runs of before there was a choice.
+            return RunConfig(**{"question": "selects", **values, **lists})
         except (ValueError, TypeError) as error:
             raise InputError(f"{path} can't be read ({error}); it was written by another version or changed") from error
 

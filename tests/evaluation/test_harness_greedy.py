@@ -44,16 +44,19 @@ def without_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(greedy, "_CHECKED", 0)
 
 
-def test_checked_answers_are_the_generated_ones(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("whole", [True, False])
+def test_checked_answers_are_the_generated_ones(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
     question = prepared.encode(QUESTION)
     some = in_order([*rows(*SPECS), *rows("oracle", "squeezed", budgets=(0.9,))])
-    dense = dense_answer(prepared, FULL, question, 20)
+    dense = dense_answer(prepared, FULL, question, 20, whole)
     guesses = Guesses()
     guesses.add(dense)
-    checked = answer_rows(prepared, some, question, 20, dense, guesses)
+    checked = answer_rows(prepared, some, question, 20, dense, guesses, whole=whole)
     without_guesses(monkeypatch)
-    assert dense_answer(prepared, FULL, question, 20) == dense
-    generated = answer_rows(prepared, some, question, 20)
+    assert dense_answer(prepared, FULL, question, 20, whole) == dense
+    generated = answer_rows(prepared, some, question, 20, whole=whole)
     for row, found, expected in zip(some, checked, generated, strict=True):
         assert found.tokens == expected.tokens, row.key
         assert found.kv_budget == pytest.approx(expected.kv_budget), row.key
@@ -61,18 +64,20 @@ def test_checked_answers_are_the_generated_ones(prepared: Prepared, monkeypatch:
     assert 0 < differing < len(some)  # both ways of getting an answer were taken
 
 
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("width", [4, 24, 200])
 def test_passes_of_a_fixed_width_answer_the_same(
-    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, width: int
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, width: int, whole: bool
 ) -> None:
     question, some = prepared.encode(QUESTION), rows("quest", "tokenselect", "recycled", "squeezed", "squeezed-paper")
-    dense = dense_answer(prepared, FULL, question, 16)
-    expected = answer_rows(prepared, some, question, 16, dense)
+    dense = dense_answer(prepared, FULL, question, 16, whole)
+    expected = answer_rows(prepared, some, question, 16, dense, whole=whole)
     monkeypatch.setattr(greedy, "_can_record", lambda device: True)
     monkeypatch.setattr(greedy, "_Recorded", greedy._Launched)
     monkeypatch.setattr(greedy, "_WIDTH", width)
-    assert dense_answer(prepared, FULL, question, 16) == dense
-    for row, found, answer in zip(some, answer_rows(prepared, some, question, 16, dense), expected, strict=True):
+    assert dense_answer(prepared, FULL, question, 16, whole) == dense
+    again = answer_rows(prepared, some, question, 16, dense, whole=whole)
+    for row, found, answer in zip(some, again, expected, strict=True):
         assert found.tokens == answer.tokens, row.key
         assert found.kv_budget == pytest.approx(answer.kv_budget), row.key
 
@@ -102,23 +107,39 @@ def test_full_attention_answers_like_the_model_itself(prepared: Prepared) -> Non
     assert dense_answer(prepared, FULL, (given_up, ids), 20) == out[0, whole.shape[1] :].tolist()
 
 
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gemma3-sliding"])
 @pytest.mark.parametrize("spec", ["squeezed", "squeezed-2", "squeezed-paper"])
-def test_the_harness_answers_like_squeeze_ask(family: str, spec: str, tmp_path: Path) -> None:
+def test_the_harness_answers_like_squeeze_ask(family: str, spec: str, tmp_path: Path, whole: bool) -> None:
     """Built, saved, loaded and asked by the product: the same text, at the same budget."""
     lm, tokenizer = tiny.model(family), tiny.tokenizer()
     prepared = Prepared(subject(lm), tiny.text(900))
     some = rows(spec, budgets=(0.25, 0.5))
-    for row, found in zip(some, answer_rows(prepared, some, prepared.encode(QUESTION), 16), strict=True):
+    question = prepared.encode(QUESTION)
+    for row, found in zip(some, answer_rows(prepared, some, question, 16, whole=whole), strict=True):
         context = prepared.context(row.method.settings(row.budget))
         folder = tmp_path / f"{row.budget}"
         context.save(folder)
         loaded = FixedContext.load(folder, lm, tokenizer)
-        (answer,) = ask(lm, tokenizer, loaded, [QUESTION], prepared.sparsity(row), decoding=Decoding(16))
+        sparsity = prepared.sparsity(row)
+        (answer,) = ask(lm, tokenizer, loaded, [QUESTION], sparsity, decoding=Decoding(16), adaptive=whole)
         assert tokenizer.decode(found.tokens, skip_special_tokens=True).strip() == answer.text
         assert len(found.tokens) == answer.tokens
         if len(found.tokens) < 16:
-            assert found.kv_budget == pytest.approx(answer.kv_budget, rel=1e-3)
+            read = answer.decode if whole else answer.prefill + answer.decode
+            assert found.kv_budget == pytest.approx(read.kv_budget, rel=1e-3)
+
+
+def test_a_question_read_whole_begins_every_answer_as_full_attention_does(prepared: Prepared) -> None:
+    question, some = prepared.encode(QUESTION), rows(*SPECS, budgets=(0.2,))
+    dense = dense_answer(prepared, FULL, question, 3)
+    one, three = (answer_rows(prepared, some, question, most) for most in (1, 3))
+    for row, first, answer in zip(some, one, three, strict=True):
+        assert first.tokens == answer.tokens[:1] == dense[:1], row.key
+        assert first.kv_budget == 1
+        assert answer.kv_budget < 0.5, row.key
+    chosen = answer_rows(prepared, some, question, 1, whole=False)
+    assert any(answer.tokens != dense[:1] for answer in chosen)
 
 
 def test_what_the_product_reads_is_near_the_budget_asked_for(prepared: Prepared) -> None:
