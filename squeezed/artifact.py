@@ -37,7 +37,7 @@ from squeezed.ops.layout import ChannelScales, ClusteredKeys, ClusterLevel
 from squeezed.template import Seam
 from squeezed.text import Part
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST, TEXT, CONTEXT = "manifest.json", "text.txt", "context.safetensors"
 
 
@@ -267,8 +267,8 @@ def _layer_tensors(layer: ClusteredKeys | SlidingTail) -> dict[str, Tensor]:
                 tensors[f"centroid_values.{i}"] = level.values
         if layer.scales is not None:
             tensors |= layer.scales._asdict()
-        if layer.window is not None:
-            tensors["window_keys"], tensors["window_values"] = layer.window
+        if layer.sinks is not None:
+            tensors["sink_keys"], tensors["sink_values"] = layer.sinks
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -396,9 +396,9 @@ def _layer(entry: _Layer, tensors: dict[str, Tensor]) -> ClusteredKeys | Sliding
         for i in range(entry.levels)
     )
     scales = ChannelScales(*(tensors[name] for name in ChannelScales._fields)) if "key_scale" in tensors else None
-    window = (tensors["window_keys"], tensors["window_values"]) if "window_keys" in tensors else None
+    sinks = (tensors["sink_keys"], tensors["sink_values"]) if "sink_keys" in tensors else None
     return ClusteredKeys(
-        tensors["keys"], tensors["values"], tensors["positions"], levels, entry.clustered, scales, window
+        tensors["keys"], tensors["values"], tensors["positions"], levels, entry.clustered, scales, sinks
     )
 
 

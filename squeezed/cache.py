@@ -185,10 +185,11 @@ class FixedLayer(DynamicLayer):
             looked_at[read.rows] += seen.sum() if single else seen
         offered = blocks * (kv_heads * index.clustered)
         window = blocks * (kv_heads * (self.window_end - index.clustered))
+        always = blocks * (kv_heads * index.always_bytes(self.window_end))
         return Usage(
             kept=kept,
             offered=offered,
-            bytes_read=kept * index.key_bytes + window * index.full_bytes + looked_at * index.centroid_bytes,
+            bytes_read=kept * index.key_bytes + always + looked_at * index.centroid_bytes,
             bytes_full=(offered + window) * index.full_bytes,
         )
 

@@ -140,7 +140,7 @@ def outline(layer: ClusteredKeys) -> ClusteredKeys:
     """What calibration reads of a layer: its levels, without keys, values and positions."""
     none = layer.keys[:, :0].clone()
     levels = tuple(replace(level, values=None) for level in layer.levels)
-    return replace(layer, keys=none, values=none, positions=layer.positions[:, :0].clone(), levels=levels, window=None)
+    return replace(layer, keys=none, values=none, positions=layer.positions[:, :0].clone(), levels=levels, sinks=None)
 
 
 def calibrate(

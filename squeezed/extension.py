@@ -216,7 +216,7 @@ class _Longer:
     def _past(self, number: int, model: PreTrainedModel) -> Past:
         layer = self.old.layers[number].to(model.device)
         if isinstance(layer, ClusteredKeys):
-            return Past(*(part.to(model.dtype) for part in _unchanged(layer, self.old.config)))
+            return Past(*_unchanged(layer, self.old.config, model.dtype))
         window = self.old.config.window
         return Past(layer.keys[:, :-window], layer.values[:, :-window])
 
@@ -238,7 +238,7 @@ def extend_layer(
     total = stay + more
     # What is clustered, in text order, then the new window.
     places = (old.positions[:, stay:].long() - (stay + config.sinks)).argsort(dim=1) + stay
-    earlier = _unchanged(old, config)
+    earlier = _unchanged(old, config, new.keys.dtype)
     later = [
         torch.cat([part.gather(1, places.unsqueeze(-1).expand(-1, -1, part.shape[2])), fresh], dim=1)
         for part, fresh in zip(earlier, (new.keys, new.values), strict=True)
@@ -259,16 +259,16 @@ def extend_layer(
     return fit_spread(layer, new.queries, scale_of(module))
 
 
-def _unchanged(layer: ClusteredKeys, config: BuildConfig) -> tuple[Tensor, Tensor]:
+def _unchanged(layer: ClusteredKeys, config: BuildConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Keys and values of the clusters, then of the sinks, as the model made them: [kv_heads, clustered + sinks, D]."""
     last = layer.clustered + config.sinks
-    if layer.scales is None or layer.window is None:
-        return layer.keys[:, :last], layer.values[:, :last]
-    dtype = layer.window[0].dtype
-    keys = from_eight_bits(layer.keys[:, : layer.clustered], *layer.scales[:2]).to(dtype)
-    values = from_eight_bits(layer.values[:, : layer.clustered], *layer.scales[2:]).to(dtype)
-    key_sinks, value_sinks = (part[:, : config.sinks] for part in layer.window)
-    return torch.cat([keys, key_sinks], dim=1), torch.cat([values, value_sinks], dim=1)
+    keys, values = layer.keys[:, :last], layer.values[:, :last]
+    if layer.scales is not None and keys.dtype == torch.int8:
+        keys, values = from_eight_bits(keys, *layer.scales[:2]), from_eight_bits(values, *layer.scales[2:])
+    keys, values = keys.to(dtype), values.to(dtype)
+    if layer.sinks is not None:
+        keys[:, layer.clustered :], values[:, layer.clustered :] = layer.sinks
+    return keys, values
 
 
 def _counted(tokens: int, on_progress: Progress) -> Callable[[int], None]:

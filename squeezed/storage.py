@@ -23,7 +23,7 @@ def store(layer: ClusteredKeys, config: BuildConfig) -> ClusteredKeys:
     if config.compensate:
         layer = add_centroid_values(layer)
     if config.centroid_bits == 8 or config.key_bits == 8:
-        layer = to_eight_bits(layer, keys_too=config.key_bits == 8)
+        layer = to_eight_bits(layer, keys_too=config.key_bits == 8, sinks=config.sinks)
     return layer
 
 
@@ -36,19 +36,21 @@ def add_centroid_values(layer: ClusteredKeys) -> ClusteredKeys:
     return replace(layer, levels=levels)
 
 
-def to_eight_bits(layer: ClusteredKeys, keys_too: bool) -> ClusteredKeys:
-    """Centroids and their values as int8, and with `keys_too` the clustered keys and values as well.
+def to_eight_bits(layer: ClusteredKeys, keys_too: bool, sinks: int = 0) -> ClusteredKeys:
+    """Centroids and their values as int8, and with `keys_too` the keys and values as well, but for the sinks.
 
-    The window (and the sinks) are kept as the model made them.
+    Args:
+        sinks: how many of the tokens behind the clustered ones to keep as the model made them.
     """
     finest = layer.levels[0]
+    apart = slice(layer.clustered, layer.clustered + sinks)
+    clustered = layer.values[:, : layer.clustered]
     if keys_too:
-        keys, values = layer.keys[:, : layer.clustered], layer.values[:, : layer.clustered]
+        keys, values = ([rows[:, : apart.start], rows[:, apart.stop :]] for rows in (layer.keys, layer.values))
     else:
-        keys = _without_padding(finest.centroids, finest.sizes)
-        clustered = layer.values[:, : layer.clustered]
-        values = clustered if finest.values is None else _without_padding(finest.values, finest.sizes)
-    scales = ChannelScales(*_scale_and_centre(keys), *_scale_and_centre(values))
+        keys = [_without_padding(finest.centroids, finest.sizes)]
+        values = [clustered if finest.values is None else _without_padding(finest.values, finest.sizes)]
+    scales = ChannelScales(*_scale_and_centre(*keys), *_scale_and_centre(*values))
     levels = tuple(_level(level, scales) for level in layer.levels)
     if not keys_too:
         return replace(layer, levels=levels, scales=scales)
@@ -58,7 +60,7 @@ def to_eight_bits(layer: ClusteredKeys, keys_too: bool) -> ClusteredKeys:
         scales=scales,
         keys=_stored(layer.keys, *scales[:2]),
         values=_stored(layer.values, *scales[2:]),
-        window=(layer.keys[:, layer.clustered :].clone(), layer.values[:, layer.clustered :].clone()),
+        sinks=(layer.keys[:, apart].clone(), layer.values[:, apart].clone()) if sinks else None,
     )
 
 
@@ -79,8 +81,11 @@ def _run_means(rows: Tensor, sizes: Tensor) -> Tensor:
     return run_means(rows, None, torch.nn.functional.pad(sizes.long().cumsum(1), (1, 0)))
 
 
-def _scale_and_centre(rows: Tensor) -> tuple[Tensor, Tensor]:
-    low, high = rows.amin(dim=1).float(), rows.amax(dim=1).float()
+def _scale_and_centre(*parts: Tensor) -> tuple[Tensor, Tensor]:
+    """Of all rows of [H, n, D] parts; those without rows do not count."""
+    parts = tuple(rows for rows in parts if rows.shape[1])
+    low = torch.stack([rows.amin(dim=1) for rows in parts]).amin(dim=0).float()
+    high = torch.stack([rows.amax(dim=1) for rows in parts]).amax(dim=0).float()
     return ((high - low) / (2 * _LARGEST)).clamp(min=1e-12), (high + low) / 2
 
 

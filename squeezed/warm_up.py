@@ -58,7 +58,7 @@ def _small_index(dtype: torch.dtype, config: BuildConfig) -> ClusteredKeys:
         levels=(level,),
         clustered=_CLUSTERS,
         scales=ChannelScales(one, one, one, one) if config.centroid_bits == 8 else None,
-        window=(rows(1, 16), rows(1, 16)) if config.key_bits == 8 else None,
+        sinks=(rows(1, 16), rows(1, 16)) if config.key_bits == 8 and config.sinks else None,
     )
 
 

@@ -159,7 +159,8 @@ def _edit_manifest(folder: Path, edit: Callable[[dict], object], sealed: bool = 
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
-        (lambda raw: raw.update(format=3), "format 3"),
+        (lambda raw: raw.update(format=2), "format 2"),
+        (lambda raw: raw.update(format=artifact.FORMAT + 1), f"format {artifact.FORMAT + 1}"),
         (lambda raw: raw.update(format=0), "format 0"),
         (lambda raw: raw.pop("format"), "damaged"),
         (lambda raw: raw.update(surprise=1), "surprise"),

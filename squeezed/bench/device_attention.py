@@ -187,10 +187,9 @@ def bytes_per_step(layer: ClusteredKeys, kept: float, coarse_keep: float) -> tup
     """Bytes that one question's token reads of a layer, of centroids and of keys and values; `kept` is a share."""
     heads = layer.keys.shape[0]
     scored = layer.levels[-1].shape[1] + sum(level.shape[1] * coarse_keep for level in layer.levels[:-1])
-    window = layer.tokens - layer.clustered
     return (
         heads * scored * layer.centroid_bytes,
-        heads * (kept * layer.clustered * layer.key_bytes + window * layer.full_bytes),
+        heads * (kept * layer.clustered * layer.key_bytes + layer.always_bytes(layer.tokens)),
     )
 
 
@@ -230,7 +229,7 @@ def stage_times(case: Case, query: Tensor, layers: list[ClusteredKeys], threshol
                 [level.offsets for level in layer.levels],
                 layer.clustered,
                 thresholds,
-                (layer.clustered, tokens if layer.window is None else layer.clustered),
+                (layer.window_start, tokens),
                 scale,
                 config,
                 layer.scales if packed else None,

@@ -1,10 +1,10 @@
 """Greedy answers of many rows at once, token for token those of generating one after another, in few forward passes.
 
-Every token selects for itself (but for a question that is read whole, at once, before), so what a row attends to at a position does not depend on how many positions one
-pass covers. A guessed continuation can therefore be checked in one pass: as long as the row's own highest token equals
-the guess, the guess is the row's greedy answer. The guess is the dense answer first, and where a row has left it, what
-followed the same last tokens in the context, the question or another row's answer. Wrong guesses cost a pass nothing
-but width; they never change an answer.
+Every token selects for itself (but for a question that is read whole, at once, before), so what a row attends to at a
+position does not depend on how many positions one pass covers. A guessed continuation can therefore be checked in one
+pass: as long as the row's own highest token equals the guess, the guess is the row's greedy answer. The guess is the
+dense answer first, and where a row has left it, what followed the same last tokens in the context, the question or
+another row's answer. Wrong guesses cost a pass nothing but width; they never change an answer.
 """
 
 from __future__ import annotations

@@ -36,15 +36,16 @@ def attend_fixed(
     finest = index.levels[0]
     kept = torch.zeros(len(index.levels), query.shape[0], index.keys.shape[0], dtype=torch.int64, device=query.device)
     parts: list[tuple[Tensor, Tensor]] = []
-    window = (index.clustered, window_end)
-    if index.window is not None:
-        window = (index.clustered, index.clustered)
-        length = window_end - index.clustered
-        parts.append(ops.attend_selected(query, *index.window, finest.offsets, None, (0, length), scale))
+    window = (index.window_start, window_end)
+    if index.sinks is not None:
+        apart = (0, index.sinks[0].shape[1])
+        parts.append(ops.attend_selected(query, *index.sinks, finest.offsets, None, apart, scale))
     if log_thresholds is None:
         kept[0] = index.clustered
+        # Between clusters and window lie rows of sinks that are kept apart, not to be read there.
+        every = None if index.sinks is None else (finest.sizes > 0).expand(query.shape[0], -1, -1)
         attended = ops.attend_selected(
-            query, index.keys, index.values, finest.offsets, None, window, scale, index.scales
+            query, index.keys, index.values, finest.offsets, every, window, scale, index.scales
         )
         return *_joined(ops, [attended, *parts]), kept
     asking = query[:, :, voting(query.shape[2], voters)]

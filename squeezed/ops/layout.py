@@ -78,13 +78,13 @@ class ClusteredKeys:
     Attributes:
         keys, values: [kv_heads, tokens, head_dim]; the first `clustered` tokens are permuted. Behind them lie the
             attention sinks (the text's first tokens, if they are kept out of the clusters) and the observation window;
-            the operations treat both as one window. With keys in 8 bits the window's rows here are not read.
+            the operations treat both as one window. With keys in 8 bits the sinks' rows here are not read.
         positions: [kv_heads, clustered] int32, place in the text of each permuted key (for inspection).
         levels: finest first; at least one.
         clustered: number of keys in clusters, n = N - w - sinks.
         scales: of whatever is in 8 bits; None if nothing is.
-        window: keys and values [kv_heads, tokens - clustered, head_dim] of the window as the model made them, if `keys`
-            are in 8 bits: sinks lie so far off that they would cost all other keys their precision.
+        sinks: keys and values [kv_heads, sinks, head_dim] of the attention sinks as the model made them, if `keys` are
+            in 8 bits: they lie so far off that they would cost all other keys their precision.
     """
 
     keys: Tensor
@@ -93,7 +93,7 @@ class ClusteredKeys:
     levels: tuple[ClusterLevel, ...]
     clustered: int
     scales: ChannelScales | None = None
-    window: tuple[Tensor, Tensor] | None = None
+    sinks: tuple[Tensor, Tensor] | None = None
 
     @property
     def tokens(self) -> int:
@@ -104,17 +104,28 @@ class ClusteredKeys:
         """Bytes of the stored keys and values."""
         return self.keys.nbytes + self.values.nbytes
 
+    @property
+    def window_start(self) -> int:
+        """First of the tokens that are always attended and read from `keys`; those of `sinks` come before it."""
+        return self.clustered + (0 if self.sinks is None else self.sinks[0].shape[1])
+
     # What a budget counts. A deployment keeps keys in 16 bits, so wider ones (float32 on a CPU) count as 16.
 
     @property
     def full_bytes(self) -> int:
-        """Of a key and its value as the model makes them; also of one in the window."""
+        """Of a key and its value as the model makes them; also of a sink."""
         return 4 * self.keys.shape[2]
 
     @property
     def key_bytes(self) -> int:
-        """Of a clustered key and its value as they are stored."""
+        """Of a clustered key and its value as they are stored; also of one in the window."""
         return 2 * self.keys.shape[2] * min(2, self.keys.element_size())
+
+    def always_bytes(self, window_end: int) -> int:
+        """Of what every token reads of a head: sinks, and the window up to `window_end`."""
+        return (self.window_start - self.clustered) * self.full_bytes + (
+            window_end - self.window_start
+        ) * self.key_bytes
 
     @property
     def centroid_bytes(self) -> int:
@@ -136,5 +147,5 @@ class ClusteredKeys:
             tuple(level.to(device) for level in self.levels),
             self.clustered,
             None if self.scales is None else ChannelScales(*(scale.to(device) for scale in self.scales)),
-            None if self.window is None else (self.window[0].to(device), self.window[1].to(device)),
+            None if self.sinks is None else (self.sinks[0].to(device), self.sinks[1].to(device)),
         )

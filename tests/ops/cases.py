@@ -29,6 +29,7 @@ class Case:
     compensate: bool = False
     centroid_bits: int = 16
     key_bits: int = 16
+    sinks: int = 5  # of the window; they are stored apart where keys are in 8 bits
 
 
 def _partition(total: int, parts: int, generator: torch.Generator) -> Tensor:
@@ -90,7 +91,7 @@ def make_layer(case: Case, device: str = "cpu") -> ClusteredKeys:
     if case.compensate:
         layer = add_centroid_values(layer)
     if min(case.centroid_bits, case.key_bits) == 8:
-        layer = to_eight_bits(layer, keys_too=case.key_bits == 8)
+        layer = to_eight_bits(layer, keys_too=case.key_bits == 8, sinks=case.sinks)
     return layer.to(device)
 
 
@@ -166,8 +167,9 @@ def judge_whole(
     batch, q_heads, queries, head_dim = query.shape
     kv_heads, tokens, _ = layer.keys.shape
     keys, values = _rows(layer, layer.keys, layer.values)
-    if layer.window is not None:
-        keys[:, layer.clustered :], values[:, layer.clustered :] = layer.window[0].double(), layer.window[1].double()
+    if layer.sinks is not None:
+        apart = slice(layer.clustered, layer.window_start)
+        keys[:, apart], values[:, apart] = (rows.double() for rows in layer.sinks)
     position = torch.arange(tokens, device=query.device)
     in_window = (position >= layer.clustered) & (position < window_end)
     rows, means, bias, kept, allowed = [keys], [values], [torch.zeros(kv_heads, tokens).to(keys)], [], None

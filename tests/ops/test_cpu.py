@@ -109,18 +109,22 @@ STORED = [
     )
     for compensate, centroid_bits, bits in ((True, 16, 16), (True, 8, 16), (False, 8, 16), (True, 8, 8), (False, 8, 8))
 ]
+STORED.append(replace(STORED[3], sinks=0))
 
 
 @pytest.mark.parametrize("case", STORED, ids=str)
-@pytest.mark.parametrize("keep", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("keep", [0.0, 0.3, 1.0, None])
 @pytest.mark.parametrize("ops", [cpu, reference], ids=["cpu", "reference"])
-def test_stand_ins_and_eight_bits_equal_float64_over_the_same_rows(case: Case, keep: float, ops: ModuleType) -> None:
+def test_stand_ins_and_eight_bits_equal_float64_over_the_same_rows(
+    case: Case, keep: float | None, ops: ModuleType
+) -> None:
+    """`keep` None attends to everything without looking at centroids."""
     layer, query = make_layer(case), make_query(case)
-    thresholds = [-math.inf if keep == 1 else math.inf] * case.levels
-    if 0 < keep < 1:
+    thresholds = [math.inf if keep == 0 else -math.inf] * case.levels
+    if keep == 0.3:
         thresholds = quantile_thresholds(query, layer, SCALE, keep).tolist()
     end = layer.tokens - 3
-    output, lse, _ = chain.attend_fixed(ops, query, layer, tuple(thresholds), end, SCALE)
+    output, lse, _ = chain.attend_fixed(ops, query, layer, None if keep is None else tuple(thresholds), end, SCALE)
     expected, expected_lse = judge_whole(query, layer, thresholds, end, SCALE)
     assert relative(output, expected) < TOLERANCE[case.dtype]
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-4, atol=1e-4)
@@ -164,7 +168,7 @@ def test_eight_bits_keep_attention_where_channels_have_large_constants_and_sinks
     low, high = centroids[1, valid].amin(0), centroids[1, valid].amax(0)
     torch.testing.assert_close(scale[1] * 254, high - low)
     torch.testing.assert_close(centre[1], (high + low) / 2)
-    packed = to_eight_bits(plain, keys_too=True)
+    packed = to_eight_bits(plain, keys_too=True, sinks=4)
     assert packed.keys.dtype == torch.int8
     dense = chain.attend_fixed(reference, query, plain, None, layer.tokens, SCALE)[0]
     found = chain.attend_fixed(reference, query, packed, None, layer.tokens, SCALE)[0]

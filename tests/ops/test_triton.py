@@ -266,6 +266,7 @@ STORED = [
     )
     for compensate, centroid_bits, bits in ((True, 16, 16), (True, 8, 16), (True, 8, 8), (False, 8, 8))
 ]
+STORED.append(replace(STORED[2], sinks=0))
 # Every token of a question as a question of its own: few rows each, many together.
 STORED.append(
     Case(batch=10, q_heads=14, clusters=20, largest=12, window=5, second_order=True, compensate=True, centroid_bits=8)

@@ -121,13 +121,13 @@ def _attend_fixed(
     scales: list[Tensor],
     spreads: list[Tensor],
     centroid_values: list[Tensor],
-    window_rows: list[Tensor],
+    sink_rows: list[Tensor],
     most_voters: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, q_heads, queries, head_dim = query.shape
     output, lse, kept = _attend(
         query, None, None, keys, values, centroids, sizes, offsets, clustered, log_thresholds, window_end, scale,
-        scales, spreads, centroid_values, window_rows, most_voters,
+        scales, spreads, centroid_values, sink_rows, most_voters,
     )  # fmt: skip
     shape = (batch, q_heads, queries)
     return output.reshape(*shape, head_dim), lse.reshape(shape), kept.reshape(-1, batch, keys.shape[0])
@@ -149,7 +149,7 @@ def _attend(
     scales: list[Tensor],
     spreads: list[Tensor],
     centroid_values: list[Tensor],
-    window_rows: list[Tensor],
+    sink_rows: list[Tensor],
     most_voters: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output and lse [B, Hk, rows, ...] and kept [levels, B * Hk]; the output of the query's dtype with own tokens."""
@@ -166,7 +166,8 @@ def _attend(
     channel_scales = ChannelScales(*scales) if scales else None
     centroid_scales = channel_scales if centroids[0].dtype == torch.int8 else None
     kept = torch.empty(len(centroids), batch * kv_heads, dtype=torch.int32, device=query.device)
-    window = (window_rows[0], window_rows[1]) if window_rows else None
+    sinks = (sink_rows[0], sink_rows[1]) if sink_rows else None
+    apart = sink_rows[0].shape[1] if sink_rows else 0
     own_parts = None if own is None else Parts.empty(batch * kv_heads, own.parts, rows, head_dim, query.device)
     work, left_out = select_keys(
         asking,
@@ -175,7 +176,7 @@ def _attend(
         offsets,
         clustered,
         log_thresholds,
-        (clustered, clustered if window else window_end),
+        (clustered + apart, window_end),
         scale,
         config,
         centroid_scales,
@@ -190,7 +191,7 @@ def _attend(
     key_scales = channel_scales if keys.dtype == torch.int8 else None
     parts = attend_list(grouped, keys, values, work, scale, config, key_scales)
     # Runs while the list is attended: see `squeezed.ops.triton.stand_in`.
-    others = attend_left_out(grouped, left_out, window, window_end - clustered, scale, centroid_scales)
+    others = attend_left_out(grouped, left_out, sinks, scale, centroid_scales)
     dtype = torch.float32 if own is None else query.dtype
     output, lse = join_list(grouped, parts, key_scales, others, own_parts, dtype, kept, tally)
     return output, lse, kept
@@ -211,7 +212,7 @@ def _(
     scales: list[Tensor],
     spreads: list[Tensor],
     centroid_values: list[Tensor],
-    window_rows: list[Tensor],
+    sink_rows: list[Tensor],
     most_voters: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, q_heads, queries, _ = query.shape
@@ -289,6 +290,6 @@ def _arguments(
         list(layer.scales or ()),
         spreads,
         [level.values for level in layer.levels if level.values is not None],
-        list(layer.window or ()),
+        list(layer.sinks or ()),
         most_voters,
     )

@@ -1,6 +1,6 @@
-"""Attention to what a work list does not name: clusters left out, as keys at their centroid, and a window kept apart.
+"""Attention to what a work list does not name: clusters left out, as keys at their centroid, and sinks kept apart.
 
-Each program takes a piece of a head's clusters, or the window, and leaves a partial result; the launch that joins the
+Each program takes a piece of a head's clusters, or the sinks, and leaves a partial result; the launch that joins the
 list's partial results joins these as well.
 
 All of it is launched after attention to the list but does not wait for it: with dependent launches its programs start
@@ -210,7 +210,7 @@ def _stand_in(
 
 
 @triton.jit
-def _attend_window(
+def _attend_few(
     query,
     keys,
     values,
@@ -220,7 +220,6 @@ def _attend_window(
     kv_heads,
     rows,
     length,
-    allocated,
     padded_rows,
     parts,
     part,
@@ -230,7 +229,7 @@ def _attend_window(
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Every key of a short window, by one program per block of rows."""
+    """Every one of a few keys, by one program per block of rows."""
     if PDL:
         start_beside_attention()
     problem = tl.program_id(1)
@@ -241,7 +240,7 @@ def _attend_window(
         mask=(row < rows)[:, None],
         other=0.0,
     )
-    base = (problem % kv_heads).to(tl.int64) * allocated * HEAD_DIM
+    base = (problem % kv_heads).to(tl.int64) * length * HEAD_DIM
     top = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, HEAD_DIM], tl.float32)
@@ -268,18 +267,16 @@ def _even_splits(blocks: int, wanted: int) -> int:
 def attend_left_out(
     query: Tensor,
     levels: list[LeftOut],
-    window: tuple[Tensor, Tensor] | None,
-    window_length: int,
+    sinks: tuple[Tensor, Tensor] | None,
     scale: float,
     scales: ChannelScales | None,
 ) -> Parts | None:
-    """Partial attention to stand-ins of every level's left-out clusters, and to a window that is stored apart.
+    """Partial attention to stand-ins of every level's left-out clusters, and to sinks that are stored apart.
 
     Args:
         query: [B, Hk, rows, D] contiguous.
         levels: those that have centroid values.
-        window: keys and values [Hk, w, D] of the query's dtype, or None if the work list names the window.
-        window_length: how many of them are attended.
+        sinks: keys and values [Hk, n, D] of the query's dtype, or None if the work list names them.
         scale: softmax scale.
         scales: of centroids and values in 8 bits; None if they are not.
 
@@ -297,7 +294,7 @@ def attend_left_out(
     programs = config.programs_per_multiprocessor * dev.multiprocessors(query.device)
     wanted = max(1, programs // (problems * row_blocks))
     splits = [_even_splits(triton.cdiv(level.capacity, config.block), wanted) for level in levels]
-    parts = sum(splits) + (window is not None)
+    parts = sum(splits) + (sinks is not None)
     if not parts:
         return None
     padded = part_rows(rows)
@@ -365,17 +362,16 @@ def attend_left_out(
             **common,
         )
         first += count
-    if window is not None:
-        _attend_window[(row_blocks, problems)](
+    if sinks is not None:
+        _attend_few[(row_blocks, problems)](
             query,
-            *window,
+            *sinks,
             result.out,
             result.lse,
             scale,
             kv_heads,
             rows,
-            window_length,
-            window[0].shape[1],
+            sinks[0].shape[1],
             padded,
             parts,
             first,
