@@ -163,6 +163,7 @@ def takes_everything(query: Tensor, layer: FixedLayer) -> bool:
         centroid_bytes=index.centroid_bytes,
         stand_ins=index.levels[0].values is not None,
         voters=voting.voters(block, selection.voters),
+        with_own=queries == 1,
     )
     in_blocks = replace(whole, batch=batch * -(-queries // block), queries=block)
     return dense_microseconds(whole) <= squeezed_microseconds(in_blocks)

@@ -79,6 +79,28 @@ def test_stand_ins_cost_a_launch(tokens: int, kv_heads: int, squeezed: float) ->
     assert dense_is_faster(shape) == (tokens == 8192)
 
 
+@pytest.mark.parametrize(
+    ("q_heads", "kv_heads", "head_dim", "tokens", "clusters", "kept", "saved"),
+    [
+        (14, 2, 64, 28024, 2000, 0.085, 2.6),
+        (12, 2, 128, 28024, 2000, 0.097, 6.5),
+        (32, 8, 128, 32768, 1638, 0.1, 37.8),
+        (32, 8, 128, 131072, 6553, 0.1, 148.6),
+        (32, 8, 128, 262144, 13107, 0.1, 290.0),
+    ],
+)
+def test_what_a_layer_of_a_whole_step_saves(
+    q_heads: int, kv_heads: int, head_dim: int, tokens: int, clusters: int, kept: float, saved: float
+) -> None:
+    """Whole steps of Qwen2.5-Coder 0.5B and 1.5B and of an 8B shape, dense less squeezed, per layer."""
+    bytes_each = 2 * head_dim + 4
+    shape = AttentionShape(
+        1, q_heads, kv_heads, 1, head_dim, tokens, (clusters,), kept, 2, bytes_each, stand_ins=True, with_own=True
+    )
+    assert dense_microseconds(shape) - squeezed_microseconds(shape) == pytest.approx(saved, rel=0.1, abs=3.0)
+    assert not dense_is_faster(shape)
+
+
 def test_short_contexts_and_dense_selections_are_left_to_dense_attention() -> None:
     assert dense_is_faster(AttentionShape(1, 32, 8, 1, 128, 2048, (102,), 0.1))
     assert dense_is_faster(AttentionShape(1, 32, 8, 1, 128, 131072, (6553,), 0.95))

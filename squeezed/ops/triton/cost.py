@@ -1,7 +1,8 @@
 """When dense attention is faster: a model of both, fitted to the measurements in docs/results/kernel-notes.md.
 
 Decoding is bound by bytes and by launches, question prefill by products; each is a constant plus work over a rate.
-Fitted on one H100 80GB (2026-11-21 and 2026-11-22) over 8K to 1M tokens, 8 and 32 KV heads, head_dim 128.
+Fitted on one H100 80GB (2026-11-21 and 2026-11-22) over 8K to 1M tokens, 8 and 32 KV heads, head_dim 128, and on whole
+steps of models with 2 and 8 KV heads, head_dim 64 and 128.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ class AttentionShape:
     `clusters` per KV head on each level, finest first; of every level but the coarsest about half is scored.
     `centroid_bytes` are those of one centroid, with what is stored beside it; 0 is those of a key.
     `stand_ins`: what is left out is attended at its centroids. `voters`: of the queries, by which clusters are scored;
-    None: all.
+    None: all. `with_own`: a generated token, whose own tokens are attended too: beside scoring in squeezed attention,
+    in launches of their own, joined by another, in dense.
     """
 
     batch: int
@@ -31,6 +33,7 @@ class AttentionShape:
     centroid_bytes: int = 0
     stand_ins: bool = False
     voters: int | None = None
+    with_own: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class DeviceRates:
     """Of one kind of GPU: microseconds per call, bytes and operations per microsecond."""
 
     dense_start: float = 8.0
+    dense_own_start: float = 11.0
     dense_bytes: float = 3.13e6
     dense_flops: float = 600e6
     dense_flops_of_few: float = 250e6
@@ -64,7 +68,8 @@ def dense_microseconds(shape: AttentionShape, rates: DeviceRates = H100) -> floa
     flops = 4 * shape.batch * shape.q_heads * shape.queries * shape.tokens * shape.head_dim
     # Few queries fill the matrix units badly, whatever the kernel.
     rate = min(rates.dense_flops, max(rates.dense_flops_of_few, rates.dense_flops_per_query * shape.queries))
-    return rates.dense_start + max(moved / rates.dense_bytes, flops / rate)
+    start = rates.dense_start + (rates.dense_own_start if shape.with_own else 0.0)
+    return start + max(moved / rates.dense_bytes, flops / rate)
 
 
 def squeezed_microseconds(shape: AttentionShape, rates: DeviceRates = H100) -> float:
