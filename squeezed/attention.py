@@ -70,7 +70,7 @@ def real_tokens(attention_mask: Tensor | None, query: Tensor) -> list[slice] | N
 def attend_fixed(query: Tensor, layer: FixedLayer, real: list[slice] | None, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of all queries to the fixed part: output [B, Hq, M, D] float32 and lse [B, Hq, M].
 
-    A short question reads everything in one pass or, unless the selection is adaptive, its queries each select for
+    A short question reads everything in one pass or, if the selection has it so, its queries each select for
     themselves; a longer one's are taken in blocks that share a selection, many in one call: each block is to the
     operator what a question of a batch is. Blocks start at each question's own first token, never at its padding, so
     that a question's answer does not depend on its batch neighbours.

@@ -89,12 +89,11 @@ class Selection:
             2^22, 149 queries at 28K tokens, on a GPU. Sharing a selection costs less time but finds less: of the demo's
             15 questions at sparsity 0.9, SmolLM2 answers 14 if each query selects, 13 with blocks of 8, 12 with one
             selection for the whole question, and 14 dense.
-        adaptive: attend to everything where selecting would take longer than it saves: a question of up to `whole`,
-            and on a GPU whatever the cost model says.
-        whole: most queries times keys of a question that `adaptive` reads everything for; None: 2^20 on a CPU and 2^24,
-            599 queries at 28K tokens, on a GPU. One pass over all keys serves all of the question's tokens, where
-            selecting reads a tenth for each: 60 tokens to 7,500 take SmolLM2 0.58 s on a CPU in one pass and 0.68 s if
-            each selects, and what is decided there, how the answer begins, is full attention's.
+        adaptive: on a GPU, attend to everything where the cost model expects selecting to take longer than it saves.
+        whole: most queries times keys of a question that reads everything; None: 2^20 on a CPU and 2^24, 599 queries at
+            28K tokens, on a GPU. One pass over all keys serves all of the question's tokens, where selecting reads a
+            tenth for each: 60 tokens to 7,500 take SmolLM2 0.58 s on a CPU in one pass and 0.68 s if each selects, and
+            what is decided there, how the answer begins, is full attention's.
     """
 
     curves: ThresholdCurves | None
@@ -103,7 +102,7 @@ class Selection:
     voters: int | None = None
     alone: int | None = None
     adaptive: bool = False
-    whole: int | None = None
+    whole: int | None = 0
     _on_device: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -116,7 +115,7 @@ class Selection:
         whole = self.whole
         if whole is None:
             whole = 2**24 if index.keys.is_cuda else 2**20
-        return self.is_dense or (self.adaptive and queries > 1 and queries * index.clustered <= whole)
+        return self.is_dense or (queries > 1 and queries * index.clustered <= whole)
 
     def block_of(self, queries: int, index: ClusteredKeys) -> int:
         """How many queries of a question of that length share a selection, or a pass over everything."""

@@ -306,7 +306,12 @@ class FixedContext:
             )
 
     def cache(
-        self, sparsity: float = 0.9, dense: bool = False, given_up: int = 0, adaptive: bool = False
+        self,
+        sparsity: float = 0.9,
+        dense: bool = False,
+        given_up: int = 0,
+        adaptive: bool = False,
+        whole: bool | None = None,
     ) -> SqueezedCache:
         """A fresh cache for one question, or a batch of them, for the model's own `generate`.
 
@@ -316,12 +321,16 @@ class FixedContext:
             given_up: last fixed tokens not to use, see :meth:`inputs`.
             adaptive: attend to everything where selecting would take longer than it saves, see
                 `squeezed.cache.Selection`.
+            whole: read everything for questions of ordinary length; None: if adaptive.
 
         Raises:
             InputError: sparsity outside 0 to 1.
         """
         curves = None if dense else self.curves
-        selection = Selection(curves, check_sparsity(sparsity), voters=self.config.voters, adaptive=adaptive)
+        most = None if (adaptive if whole is None else whole) else 0
+        selection = Selection(
+            curves, check_sparsity(sparsity), voters=self.config.voters, adaptive=adaptive, whole=most
+        )
         layers = [question_layer(layer, selection, self.tokens, given_up) for layer in self.layers]
         return SqueezedCache(layers)
 

@@ -17,6 +17,7 @@ from squeezed.clustering import cluster_layer
 from squeezed.config import BuildConfig
 from squeezed.ops import cpu, reference
 from squeezed.ops.layout import ClusteredKeys, ClusterLevel
+from squeezed.storage import to_eight_bits
 
 Q_HEADS, KV_HEADS, TOKENS, DIM = 6, 2, 333, 32
 # Without stand-ins, so that what is attended is what is selected; with them: tests/ops/test_cpu.py.
@@ -72,9 +73,11 @@ def layer(
     block: int = 256,
     alone: int = 0,
     voters: int | None = None,
+    whole: int = 0,
 ) -> FixedLayer:
-    """By default the queries of a question share selections; `alone` is large where each selects for itself."""
-    return FixedLayer(made.index, Selection(made.curves, sparsity, block, voters, alone), window_end)
+    """By default the queries of a question share selections; `alone` is large where each selects for itself, `whole`
+    where questions read everything."""
+    return FixedLayer(made.index, Selection(made.curves, sparsity, block, voters, alone, whole=whole), window_end)
 
 
 def attend(fixed: FixedLayer, query: Tensor, own: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
@@ -353,3 +356,26 @@ def test_logits_beyond_the_range_of_exp_stay_finite() -> None:
     expected = judged(made, query, own, causal(1, 1, 1), selected_keys(made, query, 0.7))
     assert torch.isfinite(found).all()
     assert tiny.relative_error(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize("key_bits", [16, 8])
+def test_a_question_of_ordinary_length_reads_everything_whatever_its_neighbours(key_bits: int) -> None:
+    made, query, own = context(), queries(2, 9), own_tokens(2, 9)
+    if key_bits == 8:
+        made = replace(made, index=to_eight_bits(made.index, keys_too=True, sinks=CONFIG.sinks))
+    most = 5 * made.index.clustered
+    padding = [0, 4]  # one question of nine tokens, which is too long, and one of five
+    together = layer(made, 0.7, whole=most)
+    found = attend(together, query, own, causal(2, 9, 9, padding))
+    for row, first in enumerate(padding):
+        mine = (own[0][row : row + 1, :, first:], own[1][row : row + 1, :, first:])
+        mask = causal(1, 9 - first, 9 - first)
+        expected = attend(layer(made, 0.7 if first == 0 else 0.0), query[row : row + 1, :, first:], mine, mask)
+        torch.testing.assert_close(found[row, :, first:], expected[0], rtol=1e-5, atol=1e-5)
+    read = together.usage(decode=False)
+    assert read.question(0).kept_fraction < 0.6
+    assert read.question(1).kept_fraction == 1
+    # A generated token selects.
+    one = layer(made, 0.7, whole=most)
+    attend(one, query[:1, :, :1], (own[0][:1], own[1][:1]), None)
+    assert one.usage().kept_fraction < 0.6

@@ -105,7 +105,7 @@ class PlantedContext:
 
     def cache(self, sparsity: float, dense: bool = False, adaptive: bool = False) -> SqueezedCache:
         """A fresh cache for one question."""
-        selection = Selection(None if dense else self.curves, sparsity, adaptive=adaptive)
+        selection = Selection(None if dense else self.curves, sparsity, adaptive=adaptive, whole=None)
         return SqueezedCache([FixedLayer(layer, selection, layer.tokens) for layer in self.layers])
 
     def inputs(self, ids: list[int], device: torch.device) -> dict[str, Tensor]:
