@@ -141,7 +141,8 @@ def ask(
         on_text: called with each new piece of the answer as it is generated; for a single question only.
         steps: where to keep what is captured on a GPU, by default with the context. On a CPU, generation is
             transformers' own unless this is given.
-        adaptive: attend to everything where selecting would take longer than it saves, see `squeezed.cache.Selection`.
+        adaptive: attend to everything where selecting would take longer than it saves: for a question of ordinary
+            length, and on a GPU in short contexts.
 
     Raises:
         InputError: an empty question, one that does not fit the model's positions, sparsity outside 0 to 1.
@@ -149,7 +150,7 @@ def ask(
     answers: dict[int, Answer] = {}
     for rows in _same_seam(tokenizer, context, questions):
         batch = [questions[row] for row in rows]
-        inputs = context.inputs(tokenizer, batch, sparsity, dense, model.device, adaptive)
+        inputs = context.inputs(tokenizer, batch, sparsity, dense, model.device, adaptive, whole=adaptive)
         found, _ = _generate(model, tokenizer, context, batch, inputs, decoding or Decoding(), on_text, steps)
         answers |= zip(rows, found, strict=True)
     return [answers[row] for row in range(len(questions))]
@@ -222,7 +223,7 @@ class Conversation:
     def _continue(self, given_up: int, ids: list[int]) -> tuple[SqueezedCache, int]:
         """The cache cut back to the tokens that still agree, and their number; at least one token is left to feed."""
         if self._cache is None or given_up != self._given_up or any(layer.is_sliding for layer in self._cache.layers):
-            return self.context.cache(self.sparsity, self.dense, given_up, self.adaptive), 0
+            return self.context.cache(self.sparsity, self.dense, given_up, self.adaptive, whole=self.adaptive), 0
         seen = min(common_prefix(self._own, ids), len(ids) - 1)
         if seen < len(self._own):
             for layer in self._cache.layers:

@@ -311,7 +311,7 @@ class FixedContext:
         dense: bool = False,
         given_up: int = 0,
         adaptive: bool = False,
-        whole: bool | None = None,
+        whole: bool = True,
     ) -> SqueezedCache:
         """A fresh cache for one question, or a batch of them, for the model's own `generate`.
 
@@ -319,15 +319,14 @@ class FixedContext:
             sparsity: share of the clustered keys to leave out, 0 to 1.
             dense: attend to everything without looking at centroids.
             given_up: last fixed tokens not to use, see :meth:`inputs`.
-            adaptive: attend to everything where selecting would take longer than it saves, see
-                `squeezed.cache.Selection`.
-            whole: read everything for questions of ordinary length; None: if adaptive.
+            adaptive: on a GPU, attend to everything where selecting would take longer than it saves.
+            whole: read everything for a question of ordinary length, see `squeezed.cache.Selection`.
 
         Raises:
             InputError: sparsity outside 0 to 1.
         """
         curves = None if dense else self.curves
-        most = None if (adaptive if whole is None else whole) else 0
+        most = None if whole else 0
         selection = Selection(
             curves, check_sparsity(sparsity), voters=self.config.voters, adaptive=adaptive, whole=most
         )
@@ -366,17 +365,19 @@ class FixedContext:
         dense: bool = False,
         device: torch.device | str = "cpu",
         adaptive: bool = False,
+        whole: bool = True,
     ) -> dict[str, Any]:
         """Keyword arguments for `generate`: input_ids [B, L], attention_mask [B, fixed + L], past_key_values.
 
-        Several questions make a left-padded batch over the one shared context.
+        Several questions make a left-padded batch over the one shared context. `adaptive` and `whole` as for
+        :meth:`cache`.
         """
         if not questions or any(not question.strip() for question in questions):
             raise InputError("a question is empty; ask something")
         given_up, ids = self.encode(tokenizer, [[{"role": "user", "content": q}] for q in questions])
         return {
             **pad_left(ids, self.tokens - given_up, tokenizer, device),
-            "past_key_values": self.cache(sparsity, dense, given_up, adaptive),
+            "past_key_values": self.cache(sparsity, dense, given_up, adaptive, whole),
         }
 
     def room(self, model: PreTrainedModel) -> int | None:

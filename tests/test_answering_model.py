@@ -171,7 +171,7 @@ def test_no_token_of_a_right_answer_goes_astray(
         told = tokenizer(answer, add_special_tokens=False)["input_ids"]
         found = []
         for sparsity in (0.0, 0.9):
-            inputs = manual.inputs(tokenizer, [question], sparsity)
+            inputs = manual.inputs(tokenizer, [question], sparsity, whole=False)  # each of the tokens selects
             ids = torch.cat([inputs["input_ids"], torch.tensor([told])], dim=1)
             mask = torch.ones(1, inputs["attention_mask"].shape[1] + len(told), dtype=torch.int64)
             with torch.no_grad(), attached(model):

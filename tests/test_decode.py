@@ -159,12 +159,13 @@ def test_samples_follow_the_temperature() -> None:
         torch.testing.assert_close(share, (logits[0] / temperature).softmax(-1), atol=0.03, rtol=0)
 
 
+@pytest.mark.parametrize("whole", [True, False])
 def test_a_prefilled_question_is_as_transformers_feeds_it(
-    llama: PreTrainedModel, context: FixedContext, tokenizer: PreTrainedTokenizerFast
+    llama: PreTrainedModel, context: FixedContext, tokenizer: PreTrainedTokenizerFast, whole: bool
 ) -> None:
-    inputs = context.inputs(tokenizer, tiny.QUESTIONS, 0.5)
+    inputs = context.inputs(tokenizer, tiny.QUESTIONS, 0.5, whole=whole)
     with torch.inference_mode():
         logits = loop.prefill(llama, inputs)
         with attached(llama):
-            _, expected = tiny.generate(llama, 1, **context.inputs(tokenizer, tiny.QUESTIONS, 0.5))
+            _, expected = tiny.generate(llama, 1, **context.inputs(tokenizer, tiny.QUESTIONS, 0.5, whole=whole))
     torch.testing.assert_close(logits, expected[0], rtol=1e-4, atol=1e-4)

@@ -149,7 +149,7 @@ def test_thresholds_are_set_anew(calibration: str) -> None:
     fresh = built(lm, TEXTS[:2], calibration=calibration)
     assert torch.equal(context.curves.query_counts, fresh.curves.query_counts)
     assert not torch.equal(context.curves.log_thresholds, built(lm, TEXTS[:1]).curves.log_thresholds)
-    inputs = context.inputs(TOKENIZER, [tiny.QUESTIONS[1]], sparsity=0.7)
+    inputs = context.inputs(TOKENIZER, [tiny.QUESTIONS[1]], sparsity=0.7, whole=False)
     with torch.inference_mode(), attached(lm):
         tiny.generate(lm, 8, **inputs)
     assert inputs["past_key_values"].prefill_usage.kept_fraction == pytest.approx(0.3, abs=0.12)

@@ -32,9 +32,9 @@ def context(family: str, levels: int = 1) -> FixedContext:
 
 
 def answer(
-    family: str, questions: tuple[str, ...], sparsity: float, levels: int = 1, tokens: int = 8
+    family: str, questions: tuple[str, ...], sparsity: float, levels: int = 1, tokens: int = 8, whole: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
-    inputs = context(family, levels).inputs(TOKENIZER, questions, sparsity=sparsity)
+    inputs = context(family, levels).inputs(TOKENIZER, questions, sparsity=sparsity, whole=whole)
     with torch.inference_mode(), attached(model(family)):
         return tiny.generate(model(family), tokens, **inputs)
 
@@ -55,12 +55,16 @@ def test_sparsity_0_is_the_models_own_dense_generation(family: str) -> None:
     assert tiny.relative_error(logits[-1], dense_logits[-1]) < 1e-3
 
 
-@pytest.mark.parametrize(("sparsity", "levels"), [(0.0, 1), (0.7, 1), (0.7, 2)])
+@pytest.mark.parametrize(
+    ("sparsity", "levels", "whole"), [(0.0, 1, True), (0.7, 1, False), (0.7, 2, False), (0.7, 1, True)]
+)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_each_question_of_a_batch_is_answered_as_if_alone(family: str, sparsity: float, levels: int) -> None:
-    together, logits = answer(family, tiny.QUESTIONS, sparsity, levels)
+def test_each_question_of_a_batch_is_answered_as_if_alone(
+    family: str, sparsity: float, levels: int, whole: bool
+) -> None:
+    together, logits = answer(family, tiny.QUESTIONS, sparsity, levels, whole=whole)
     for row, question in enumerate(tiny.QUESTIONS):
-        alone, alone_logits = answer(family, (question,), sparsity, levels)
+        alone, alone_logits = answer(family, (question,), sparsity, levels, whole=whole)
         assert together[row].tolist() == alone[0].tolist(), question
         assert tiny.relative_error(logits[0][row], alone_logits[0][0]) < 1e-4, question
 
@@ -70,6 +74,10 @@ def test_leaving_keys_out_changes_the_logits(family: str) -> None:
     _, dense = answer(family, (tiny.QUESTIONS[1],), 0.0, tokens=1)
     _, squeezed = answer(family, (tiny.QUESTIONS[1],), 0.9, tokens=1)
     assert tiny.relative_error(squeezed[0], dense[0]) > 1e-4
+    _, whole = answer(family, (tiny.QUESTIONS[1],), 0.9, tokens=2, whole=True)
+    _, dense = answer(family, (tiny.QUESTIONS[1],), 0.0, tokens=2)
+    assert tiny.relative_error(whole[0], dense[0]) < 1e-4
+    assert tiny.relative_error(whole[1], dense[1]) > 1e-4
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -84,7 +84,7 @@ def time_generation_on_device(
     inputs = [pad_left([ids], fixed, tokenizer, model.device) for ids in questions_ids]
     ways = (
         Way("dense", lambda: context.cache(dense=True, given_up=given_up)),
-        Way("squeezed", lambda: context.cache(sparsity, given_up=given_up, whole=True)),
+        Way("squeezed", lambda: context.cache(sparsity, given_up=given_up)),
     )
     row: dict[str, Any] = {
         "context": context.tokens,
