@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ _STYLES: dict[str, dict[str, Any]] = {
     "oracle": {"color": "0.25", "marker": "*", "linestyle": ":"},
 }
 _LABEL_GAP = 0.047  # between labels, as a share of the axis
+_TITLE = 40  # characters in a line above a map
 _SPARE = ("#444444", "#996633", "#336699", "#669933", "#993366")
 
 
@@ -238,7 +240,7 @@ def needles(metrics: Metrics, records: Sequence[Record]) -> Figure:
             chosen.setdefault(record["method"], record["row"])
     columns = min(4, len(chosen))
     rows = -(-len(chosen) // columns)
-    size = (3.2 * columns + 1, (0.42 * len(lengths) + 1.3) * rows + 0.6)
+    size = (3.2 * columns + 1, (0.42 * len(lengths) + 1.45) * rows + 0.6)
     drawn, axes = figure(rows, columns, size, squeeze=False, sharex=True, sharey=True)
     image = None
     for axis, row in zip(axes.flat, chosen.values(), strict=False):
@@ -259,7 +261,7 @@ def needles(metrics: Metrics, records: Sequence[Record]) -> Figure:
             axis.text(j, i, "" if np.isnan(score) else shown, ha="center", va="center", fontsize=8, color=colour)
         kv_budget = np.mean([record["kv_budget"] for record in own])
         name = metrics["lengths"][str(lengths[-1])]["rows"].get(row, {}).get("title", row)
-        axis.set_title(f"{name}, {kv_budget:.3f}", fontsize=9)
+        axis.set_title(textwrap.fill(f"{name}, {kv_budget:.3f}", _TITLE), fontsize=9)
         axis.set_xticks(range(_DEPTHS), [f"{(j + 0.5) / _DEPTHS:.0%}" for j in range(_DEPTHS)])
         axis.set_yticks(range(len(lengths)), [f"{length:,}" for length in lengths])
         axis.grid(False)
