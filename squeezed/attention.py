@@ -81,7 +81,7 @@ def attend_fixed(query: Tensor, layer: FixedLayer, real: list[slice] | None, sca
     decode = queries == 1 and layer.own_length > 1
     whole = selection.reads_whole(queries, index)
     if dense.serves(query, index.keys) and (whole or takes_everything(query, layer)):
-        return _attend_block(query, layer, slice(None), decode, scale, whole)
+        return _attend_block(query, layer, slice(None), decode, scale, whole=True)
     if queries == 1 or (query.shape[0] == 1 and selection.block_of(queries, index) == queries):
         return _attend_block(query, layer, slice(None), decode, scale, whole)
     output, lse = torch.empty_like(query, dtype=torch.float32), query.new_empty(query.shape[:3], dtype=torch.float32)

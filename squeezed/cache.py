@@ -130,8 +130,9 @@ class Selection:
 
     def thresholds(self, query: Tensor) -> tuple[float, ...] | Tensor | None:
         """Log threshold per level for the M queries of [B, Hq, M, D]; on a GPU a tensor there, made once."""
-        if self.curves is None or self.sparsity == 0:
+        if self.is_dense:
             return None
+        assert self.curves is not None
         averaged = voting.voters(query.shape[2], self.voters)
         if not query.is_cuda:
             return self.curves.at(self.sparsity, averaged)

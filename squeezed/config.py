@@ -33,8 +33,8 @@ class BuildConfig:
         compensate: keep each cluster's mean value, and let it stand in for the keys of clusters that are left out
             (Multipole Attention, arXiv 2506.13059). On SmolLM2 that takes 40% off the error of the attention output.
         centroid_bits: 8, or 16 for centroids and their values in the model's own dtype.
-        key_bits: 8, or 16 for clustered keys and values in the model's own dtype. With 8, half of sparsity 0's bytes
-            are read, but it is no longer the model's own attention to rounding.
+        key_bits: 8, or 16 for keys and values in the model's own dtype, as the sinks always are. With 8, half of
+            sparsity 0's bytes are read, but it is no longer the model's own attention to rounding.
         voters: most queries of a long question's block by which clusters are scored, see `squeezed.ops.voting`; None:
             all of them (paper).
         calibration: whose queries set the thresholds: `questions` asked of the context, or the `window` (paper).

@@ -90,7 +90,7 @@ def test_follow_ups_read_the_own_tokens_that_steps_left(llama: PreTrainedModel, 
 def test_answers_end_at_a_stop_token(
     questions: tuple[str, ...], llama: PreTrainedModel, context: FixedContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    long = loop.generate(llama, context.inputs(TOKENIZER, questions, 0.5, adaptive=True), Sampling(), 12, loop.Steps())
+    long = loop.generate(llama, context.inputs(TOKENIZER, questions, 0.5), Sampling(), 12, loop.Steps())
     monkeypatch.setattr(llama.generation_config, "eos_token_id", [long.tokens[0][4]])
     short = Decoding(12)
     expected = ask(llama, TOKENIZER, context, questions, 0.5, decoding=short)

@@ -42,7 +42,7 @@ def time_generation(
     for turn, ids in enumerate([questions_ids[0], *questions_ids]):
         on_stage(f"question {turn} of {len(questions)}")
         inputs = pad_left([ids], fixed, tokenizer, model.device)
-        cache = context.cache(sparsity, given_up=given_up, adaptive=True)
+        cache = context.cache(sparsity, given_up=given_up)
         squeezed = timed_generate(model, tokenizer, {**inputs, "past_key_values": cache}, new_tokens)
         own_cache = copy.deepcopy(prefilled)
         dense = timed_generate(model, tokenizer, {**inputs, "past_key_values": own_cache}, new_tokens, plug_in=False)

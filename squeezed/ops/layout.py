@@ -123,9 +123,8 @@ class ClusteredKeys:
 
     def always_bytes(self, window_end: int) -> int:
         """Of what every token reads of a head: sinks, and the window up to `window_end`."""
-        return (self.window_start - self.clustered) * self.full_bytes + (
-            window_end - self.window_start
-        ) * self.key_bytes
+        apart = self.window_start - self.clustered
+        return apart * self.full_bytes + (window_end - self.window_start) * self.key_bytes
 
     @property
     def centroid_bytes(self) -> int:
