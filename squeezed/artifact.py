@@ -37,7 +37,7 @@ from squeezed.ops.layout import ChannelScales, ClusteredKeys, ClusterLevel
 from squeezed.template import Seam
 from squeezed.text import Part
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST, TEXT, CONTEXT = "manifest.json", "text.txt", "context.safetensors"
 
 

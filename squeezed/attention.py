@@ -19,6 +19,7 @@ from squeezed.masks import NAME
 from squeezed.models import attention_modules, plan_layers
 from squeezed.ops import dense, voting
 from squeezed.ops.layout import ClusteredKeys
+from squeezed.recall import clustered_weights
 
 _OWN_LOGITS = 2**25  # logits over own tokens held at once: 128 MB
 _LISTED = 2**27  # keys that one call's work lists have room for: 512 MB
@@ -77,6 +78,18 @@ def attend_fixed(query: Tensor, layer: FixedLayer, real: list[slice] | None, sca
     """
     if layer.observed is not None:
         layer.observed.append(query)
+    output, lse = _attend_all(query, layer, real, scale)
+    if layer.recall is not None and layer.observes and layer.selection.reads_whole(query.shape[2], layer.index):
+        counting = lse
+        if real is not None:
+            counting = lse.clone()
+            for row, span in enumerate(real):
+                counting[row, :, : span.start] = float("inf")  # padding
+        layer.recall.observe(clustered_weights(query, counting, layer.index, layer.window_end, scale))
+    return output, lse
+
+
+def _attend_all(query: Tensor, layer: FixedLayer, real: list[slice] | None, scale: float) -> tuple[Tensor, Tensor]:
     queries, selection, index = query.shape[2], layer.selection, layer.index
     decode = queries == 1 and layer.own_length > 1
     whole = selection.reads_whole(queries, index)
@@ -135,7 +148,8 @@ def _attend_once(
     if dense.serves(query, index.keys) and (whole or takes_everything(query, layer)):
         return *dense.attend_dense(query, index.keys, index.values, end, scale), None
     thresholds = None if whole else layer.selection.thresholds(query)
-    output, lse, kept = ops.attend_fixed(query, index, thresholds, end, scale, layer.selection.voters)
+    recalled = layer.recalled(query.shape[0]) if query.shape[2] == 1 else None
+    output, lse, kept = ops.attend_fixed(query, index, thresholds, end, scale, layer.selection.voters, recalled)
     return output, lse, None if thresholds is None else kept
 
 
@@ -174,6 +188,7 @@ def attend_step(
     layer: FixedLayer | FixedSlidingLayer,
     scale: float,
     rope: own.Rope | None = None,
+    ahead: Tensor | None = None,
 ) -> Tensor:
     """Attention of one generated token per question, in fixed shapes and without a word from the device.
 
@@ -182,13 +197,14 @@ def attend_step(
             three are rotated and in place already.
         scale: softmax scale.
         rope: None if query and key are rotated already.
+        ahead: weights that are read next; a GPU may bring them into its cache while it joins what was attended.
 
     Returns:
         [B, Hq * D]
     """
     assert layer.own is not None
     if layer.own.pending is None and isinstance(layer, FixedLayer):
-        return _attend_beside(query, layer, layer.own, scale)
+        return _attend_beside(query, layer, layer.own, scale, ahead)
     query, parts = own.attend_own(query, layer.own, scale, rope)
     if isinstance(layer, FixedSlidingLayer):
         return own.join(parts, None, None, layer.own, query)
@@ -206,7 +222,7 @@ def own_beside(q_heads: int, layer: FixedLayer) -> bool:
     return q_heads // layer.index.keys.shape[0] <= FEW_ROWS
 
 
-def _attend_beside(query: Tensor, layer: FixedLayer, held: own.OwnTokens, scale: float) -> Tensor:
+def _attend_beside(query: Tensor, layer: FixedLayer, held: own.OwnTokens, scale: float, ahead: Tensor | None) -> Tensor:
     from squeezed.ops.triton import OwnKeys, Tally, attend_with_own
 
     thresholds = layer.selection.thresholds(query)
@@ -215,7 +231,15 @@ def _attend_beside(query: Tensor, layer: FixedLayer, held: own.OwnTokens, scale:
     assert held.running is not None
     keys = OwnKeys(held.keys, held.values, held.lengths)
     return attend_with_own(
-        query, layer.index, thresholds, layer.window_end, scale, keys, Tally(held.kept, held.running)
+        query,
+        layer.index,
+        thresholds,
+        layer.window_end,
+        scale,
+        keys,
+        Tally(held.kept, held.running),
+        layer.recalled(query.shape[0]),
+        ahead,
     )
 
 

@@ -12,8 +12,9 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from squeezed.calibration import ThresholdCurves
 from squeezed.decode.own import OwnTokens
 from squeezed.ops import voting
-from squeezed.ops.layout import ClusteredKeys
+from squeezed.ops.layout import ClusteredKeys, Recalled
 from squeezed.query_metric import add_moment
+from squeezed.recall import Recall
 
 
 @dataclass
@@ -152,6 +153,8 @@ class FixedLayer(DynamicLayer):
         reads: what was read so far.
         observed: when a list, the queries [B, Hq, M, D] that come by are appended to it.
         own: the own tokens while decoding in steps of a fixed shape; otherwise they are in `keys` and `values`.
+        recall: what questions have read closely, shared by a cache's layers; None recalls nothing.
+        observes: whether this layer adds to `recall`.
     """
 
     index: ClusteredKeys
@@ -160,6 +163,27 @@ class FixedLayer(DynamicLayer):
     reads: list[Read] = field(default_factory=list)
     observed: list[Tensor] | None = None
     own: OwnTokens | None = None
+    recall: Recall | None = None
+    observes: bool = False
+    _recalled: tuple[int, Recalled | None] = field(default=(0, None), repr=False)
+
+    def recalled(self, batch: int) -> Recalled | None:
+        """What each question's generated tokens attend to besides what they select; None if that is nothing."""
+        if self.own is not None and self.own.recalled is not None:
+            return self.own.recalled
+        if self.recall is None or not self.recall.passes:
+            return None
+        if self._recalled[0] != self.recall.passes:
+            self._recalled = (self.recall.passes, self.recall.within(self.index))
+        found = self._recalled[1]
+        if found is None or found.slots.shape[0] in (1, batch):
+            return found
+        # Questions are answered several times each.
+        repeats = batch // found.slots.shape[0]
+        slots, clusters, *sizes = (
+            part.repeat_interleave(repeats, dim=0) for part in (found.slots, found.clusters, *found.sizes)
+        )
+        return Recalled(slots, clusters, tuple(sizes))
 
     def usage(self, decode: bool | None = None) -> Usage:
         """Sum of what generated tokens have read, or a question's own, or both."""

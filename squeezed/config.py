@@ -37,6 +37,8 @@ class BuildConfig:
             sparsity 0's bytes are read, but it is no longer the model's own attention to rounding.
         voters: most queries of a long question's block by which clusters are scored, see `squeezed.ops.voting`; None:
             all of them (paper).
+        recall: tokens of the fixed context that all tokens of an answer attend to because its question has read them
+            closely, see `squeezed.recall`, at most one in 32; 0 for none (paper).
         calibration: whose queries set the thresholds: `questions` asked of the context, or the `window` (paper).
         chunk: tokens per prefill chunk; bounds memory, changes nothing else.
         iterations: most Lloyd iterations of k-means.
@@ -52,6 +54,7 @@ class BuildConfig:
     centroid_bits: int = 8
     key_bits: int = 16
     voters: int | None = 64
+    recall: int = 256
     calibration: str = "questions"
     chunk: int = 512
     iterations: int = 20
@@ -75,6 +78,7 @@ class BuildConfig:
         _require(
             self.voters is None or self.voters >= 1, f"voters is {self.voters}: expected at least 1, or None for all"
         )
+        _require(self.recall >= 0, f"recall is {self.recall}: expected 0 or more tokens")
         _require(
             self.calibration in ("questions", "window"),
             f"calibration is {self.calibration!r}: expected questions or window",
@@ -109,6 +113,7 @@ PRESETS: dict[str, BuildConfig] = {
         compensate=False,
         centroid_bits=16,
         voters=None,
+        recall=0,
         calibration="window",
     ),
 }

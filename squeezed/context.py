@@ -23,6 +23,7 @@ from squeezed.ops.layout import ClusteredKeys
 from squeezed.prefill import PrefilledLayer, prefill
 from squeezed.preparation import PROBES, Probes, SlidingTail, prepare_layer, question_layer, scale_of
 from squeezed.quality import measure_errors
+from squeezed.recall import Recall, observes
 from squeezed.text import Part, locate_parts, read_files
 from squeezed.warm_up import warm_up
 
@@ -312,6 +313,7 @@ class FixedContext:
         given_up: int = 0,
         adaptive: bool = False,
         whole: bool = True,
+        recall: int | None = None,
     ) -> SqueezedCache:
         """A fresh cache for one question, or a batch of them, for the model's own `generate`.
 
@@ -321,16 +323,24 @@ class FixedContext:
             given_up: last fixed tokens not to use, see :meth:`inputs`.
             adaptive: on a GPU, attend to everything where selecting would take longer than it saves.
             whole: read everything for a question of ordinary length, see `squeezed.cache.Selection`.
+            recall: tokens to recall, see `BuildConfig.recall`; None: as the context was built.
 
         Raises:
             InputError: sparsity outside 0 to 1.
         """
         curves = None if dense else self.curves
-        most = None if whole else 0
+        longest = None if whole else 0
         selection = Selection(
-            curves, check_sparsity(sparsity), voters=self.config.voters, adaptive=adaptive, whole=most
+            curves, check_sparsity(sparsity), voters=self.config.voters, adaptive=adaptive, whole=longest
         )
-        layers = [question_layer(layer, selection, self.tokens, given_up) for layer in self.layers]
+        most = self.config.recall if recall is None else recall
+        shared = Recall(most) if most and not selection.is_dense else None
+        squeezed = [i for i, layer in enumerate(self.layers) if isinstance(layer, ClusteredKeys)]
+        observing = {i for number, i in enumerate(squeezed) if observes(number, len(squeezed))}
+        layers = [
+            question_layer(layer, selection, self.tokens, given_up, shared, i in observing)
+            for i, layer in enumerate(self.layers)
+        ]
         return SqueezedCache(layers)
 
     def encode(

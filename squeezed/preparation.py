@@ -19,6 +19,7 @@ from squeezed.layerwise import LayerRunner
 from squeezed.models import plan_layers
 from squeezed.ops.layout import ClusteredKeys
 from squeezed.prefill import PrefilledLayer
+from squeezed.recall import Recall
 from squeezed.second_order import fit_spread
 
 # General questions whose queries calibrate, see squeezed.calibration: as unlike one another as users' questions are,
@@ -70,11 +71,18 @@ def scale_of(module: torch.nn.Module) -> float:
     return float(getattr(module, "scaling", None) or module.head_dim**-0.5)  # type: ignore[operator]
 
 
-def question_layer(layer: Layer, selection: Selection, tokens: int, given_up: int) -> FixedLayer | FixedSlidingLayer:
+def question_layer(
+    layer: Layer,
+    selection: Selection,
+    tokens: int,
+    given_up: int,
+    recall: Recall | None = None,
+    observes: bool = False,
+) -> FixedLayer | FixedSlidingLayer:
     """A question's cache of one layer of a context of `tokens` tokens, less the last `given_up`."""
     end = tokens - given_up
     if isinstance(layer, ClusteredKeys):
-        return FixedLayer(layer, selection, end)
+        return FixedLayer(layer, selection, end, recall=recall, observes=observes)
     stop = layer.keys.shape[1] - given_up
     tail = slice(max(0, stop - layer.sliding_window + 1), stop)
     return FixedSlidingLayer(layer.keys[:, tail], layer.values[:, tail], end, layer.sliding_window)

@@ -74,7 +74,7 @@ class FusedModel:
             rope = Rope(self._cos, self._sin, *_head_norms(attention))
             if rope.query_norm is None and own_beside(q_heads=self._q_heads, layer=fixed):
                 q = project_rotated(x, layer.qkv, layer.qkv_bias, layer.before_attention, rope, fixed.own)
-                mixed = attend_step(q, fixed, attention.scaling)
+                mixed = attend_step(q, fixed, attention.scaling, ahead=layer.o)
             else:
                 q, k, v = self._split(project(x, layer.qkv, layer.qkv_bias, layer.before_attention))
                 fixed.own.hold(k, v)

@@ -14,6 +14,7 @@ from squeezed.decode import fused
 from squeezed.decode.own import OwnTokens
 from squeezed.decode.sampler import Sampler, Sampling
 from squeezed.models import rope_switch
+from squeezed.ops.layout import Recalled, recalled_at
 
 
 class DecodeStep:
@@ -72,7 +73,14 @@ class DecodeStep:
         if takes_everything(query, layer):
             return own
         kept = torch.zeros(len(layer.index.levels), self.batch, dtype=torch.int64, device=keys.device)
-        return replace(own, kept=kept, running=self._running)
+        own = replace(own, kept=kept, running=self._running)
+        return own if layer.recall is None else replace(own, recalled=self._nothing_recalled(layer))
+
+    def _nothing_recalled(self, layer: FixedLayer) -> Recalled:
+        assert layer.recall is not None
+        index = layer.index
+        shape = (self.batch, index.keys.shape[0], layer.recall.count(index.clustered))
+        return recalled_at(torch.full(shape, -1, device=index.keys.device), index.levels)
 
     def serves(self, cache: SqueezedCache, batch: int, needed: int, sampling: Sampling) -> bool:
         """Whether this step can generate for another cache: the same fixed context, read in the same way."""
@@ -98,6 +106,11 @@ class DecodeStep:
                 counters.append([part.shape[1] for part in keys])
             if own.kept is not None:
                 own.kept.zero_()
+            if own.recalled is not None:
+                assert isinstance(layer, FixedLayer)
+                found = layer.recalled(self.batch) or self._nothing_recalled(layer)
+                for buffer, part in zip(_flat(own.recalled), _flat(found), strict=True):
+                    buffer.copy_(part)
             layer.own = own
         self._lengths.copy_(torch.tensor(counters, dtype=torch.int32))
         self._position.copy_(torch.tensor(lengths)[:, None] + cache.fixed_tokens)
@@ -219,9 +232,14 @@ def _alike(ours: FixedLayer | FixedSlidingLayer, theirs: FixedLayer | FixedSlidi
             ours.index is theirs.index
             and ours.window_end == theirs.window_end
             and a.curves is b.curves
+            and (ours.recall and ours.recall.most) == (theirs.recall and theirs.recall.most)
             and (a.sparsity, a.adaptive) == (b.sparsity, b.adaptive)
         )
     return type(ours) is type(theirs) and ours.sliding_window == theirs.sliding_window
+
+
+def _flat(recalled: Recalled) -> list[Tensor]:
+    return [recalled.slots, recalled.clusters, *recalled.sizes]
 
 
 def _real_rows(states: Tensor, padding: list[int], length: int) -> list[Tensor]:

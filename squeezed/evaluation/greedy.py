@@ -115,7 +115,7 @@ class _Batch:
         self.most = max_new_tokens
         self.dense, self.guesses = list(dense), guesses
         self.capacity = len(self.ids) + max_new_tokens + _CHECKED + _WIDTH
-        self.cache: RowsCache = prepared.rows(rows, given_up, self.capacity)
+        self.cache: RowsCache = prepared.rows(rows, given_up, self.capacity, recalls=whole)
         self.answers: list[list[int]] = [[] for _ in rows]
         self.pending: list[list[int]] = [list(self.ids) for _ in rows]  # decided on, not fed yet
         self.done = [False] * len(rows)

@@ -82,7 +82,7 @@ class Prepared:
                 self.layers.append(context)
         self._states: dict[tuple[Method, Hashable], list[Any]] = {}
         self._contexts: dict[BuildConfig, FixedContext] = {}
-        self._sparsities: dict[tuple[BuildConfig, float], float] = {}
+        self._sparsities: dict[tuple[BuildConfig, float, bool], float] = {}
 
     @property
     def tokens(self) -> int:
@@ -112,13 +112,13 @@ class Prepared:
             )
         return self._contexts[config]
 
-    def sparsity(self, row: Row) -> float:
-        """The sparsity with which a row of ours meets its budget."""
+    def sparsity(self, row: Row, recalls: bool) -> float:
+        """The sparsity with which a row of ours meets its budget; `recalls`: what questions recall is part of it."""
         assert isinstance(row.method, Squeezed)
         assert row.budget is not None
-        key = (row.method.settings(row.budget), row.budget)
+        key = (row.method.settings(row.budget), row.budget, recalls)
         if key not in self._sparsities:
-            self._sparsities[key] = sparsity_for(self.context(key[0]), row.budget)
+            self._sparsities[key] = sparsity_for(self.context(key[0]), row.budget, recalls)
         return self._sparsities[key]
 
     def encode(self, question: str, answer_prefix: str = "") -> tuple[int, list[int]]:
@@ -139,9 +139,13 @@ class Prepared:
         limit = max_positions(self.subject.model)
         return None if limit is None else limit - self.tokens
 
-    def rows(self, rows: Sequence[Row], given_up: int, capacity: int) -> RowsCache:
-        """An empty cache for one question under these rows; rows of a method must be neighbours."""
-        return RowsCache(self, rows, given_up, capacity)
+    def rows(self, rows: Sequence[Row], given_up: int, capacity: int, recalls: bool = False) -> RowsCache:
+        """An empty cache for one question under these rows; rows of a method must be neighbours.
+
+        Args:
+            recalls: the question will be read whole, and what it reads closely be recalled by methods that do.
+        """
+        return RowsCache(self, rows, given_up, capacity, recalls)
 
     def groups(self, rows: Sequence[Row]) -> list[Group]:
         """Rows of choosing methods that share what is built."""
@@ -171,7 +175,7 @@ class RowsCache(Cache):
 
     layers: list[RowsLayer]
 
-    def __init__(self, prepared: Prepared, rows: Sequence[Row], given_up: int, capacity: int) -> None:
+    def __init__(self, prepared: Prepared, rows: Sequence[Row], given_up: int, capacity: int, recalls: bool) -> None:
         self.all_rows = list(rows)
         self.place = Place(len(rows), prepared.subject.device)
         self.fixed_tokens = prepared.tokens - given_up
@@ -179,7 +183,8 @@ class RowsCache(Cache):
         for at, row in enumerate(rows):
             if isinstance(row.method, Squeezed):
                 context = prepared.context(row.method.settings(row.budget or 1.0))
-                ours[at] = context.cache(prepared.sparsity(row), given_up=given_up).fixed_layers
+                recall = None if recalls else 0
+                ours[at] = context.cache(prepared.sparsity(row, recalls), given_up=given_up, recall=recall).fixed_layers
         assert sorted(ours) == list(range(len(rows) - len(ours), len(rows))), "rows of choosing methods come first"
         groups = prepared.groups(rows)
         budgets = [1.0 if row.budget is None else row.budget for row in rows]

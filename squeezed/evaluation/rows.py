@@ -21,6 +21,7 @@ from squeezed.evaluation.methods.base import Asked, Choice, LayerContext, Method
 from squeezed.evaluation.place import Place
 from squeezed.evaluation.streams import side_by_side
 from squeezed.ops import dense, merge_attention
+from squeezed.recall import peak_weights
 
 _BATCHES = (32, 64, 128)  # query tokens that go to the GPU kernels together
 _LOGITS = {"cpu": 2**25, "cuda": 2**28}  # float32 logits held at once
@@ -162,8 +163,17 @@ class ScoredLayer(RowsLayer):
         keys, values = self.context.keys[:, : self.end], self.context.values[:, : self.end]
         if dense.serves(query, keys):
             output, lse = dense.attend_dense(query, keys, values, self.end, scale)
-            return output.float(), lse
-        return attend_own(query, keys.unsqueeze(0), values.unsqueeze(0), None, scale)
+            output = output.float()
+        else:
+            output, lse = attend_own(query, keys.unsqueeze(0), values.unsqueeze(0), None, scale)
+        recalls = {id(layer.recall): layer.recall for layer in self.ours.values() if layer.recall and layer.observes}
+        if recalls:
+            inner = self.context.inner
+            weights = lse.new_full((1, self.end), float("-inf"))
+            weights[:, inner] = peak_weights(query, self.context.inner_keys, lse, scale).sum(1)
+            for recall in recalls.values():
+                recall.observe(weights)
+        return output, lse
 
     def fixed(self, query: Tensor, scale: float, mass: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Attention to the fixed context: output [A, Hq, M, D] float32, log-sum-exp [A, Hq, M], and with `mass` the

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from squeezed.ops import chain, reference
-from squeezed.ops.layout import ClusteredKeys
+from squeezed.ops.layout import ChannelScales, ClusteredKeys, Recalled, from_eight_bits
 
 Thresholds = tuple[float, ...]
 _GPU_HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -24,6 +24,7 @@ def attend_fixed(
     window_end: int,
     scale: float,
     voters: int | None = None,
+    recalled: Recalled | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`squeezed.ops.chain.attend_fixed`; on a GPU the thresholds are a [levels] float32 tensor there."""
     if uses_triton(query):
@@ -32,14 +33,14 @@ def attend_fixed(
         if log_thresholds is None:
             log_thresholds = torch.full((len(index.levels),), float("-inf"), device=query.device)
         assert isinstance(log_thresholds, Tensor)
-        return triton.attend_fixed(query, index, log_thresholds, window_end, scale, voters)
+        return triton.attend_fixed(query, index, log_thresholds, window_end, scale, voters, recalled)
     if isinstance(log_thresholds, Tensor):
         log_thresholds = tuple(log_thresholds.tolist())
     if query.device.type == "cpu":
         from squeezed.ops import cpu
 
-        return chain.attend_fixed(cpu, query, index, log_thresholds, window_end, scale, voters)
-    return chain.attend_fixed(reference, query, index, log_thresholds, window_end, scale, voters)
+        return chain.attend_fixed(cpu, query, index, log_thresholds, window_end, scale, voters, recalled)
+    return chain.attend_fixed(reference, query, index, log_thresholds, window_end, scale, voters, recalled)
 
 
 def merge_attention(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -49,6 +50,21 @@ def merge_attention(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]
 
         return triton.merge_attention(parts)
     return reference.merge_attention(parts)
+
+
+def peak_weights(query: Tensor, keys: Tensor, lse: Tensor, scale: float, scales: ChannelScales | None = None) -> Tensor:
+    """See :func:`squeezed.ops.reference.peak_weights`; products in the query's dtype, one for each KV head.
+
+    It is asked for once a question, so a matrix product of the library's is fast enough on any device.
+    """
+    batch, kv_heads = query.shape[0], keys.shape[0]
+    if scales is not None:
+        keys = from_eight_bits(keys, *scales[:2])
+    rows = query.reshape(batch, kv_heads, -1, keys.shape[2]).transpose(0, 1).reshape(kv_heads, -1, keys.shape[2])
+    logits = rows @ keys.to(query.dtype).transpose(1, 2)
+    peaks = logits.view(kv_heads, batch, -1, keys.shape[1]).float().mul_(scale)
+    peaks -= lse.reshape(batch, kv_heads, -1, 1).transpose(0, 1)
+    return peaks.amax(2).exp_().transpose(0, 1)
 
 
 def uses_triton(tensor: Tensor) -> bool:

@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from squeezed.ops.layout import ClusteredKeys
+from squeezed.ops.layout import ClusteredKeys, Recalled
 from squeezed.ops.voting import voting
 
 
@@ -19,6 +19,7 @@ def attend_fixed(
     window_end: int,
     scale: float,
     voters: int | None = None,
+    recalled: Recalled | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of M queries that share a selection to one layer's fixed context.
 
@@ -28,6 +29,7 @@ def attend_fixed(
         log_thresholds: per level, finest first; None attends to every key without looking at centroids.
         window_end: keys [index.clustered, window_end) are always attended.
         voters: most of the M queries by which clusters are scored, see `squeezed.ops.voting`; None: all.
+        recalled: single keys to attend to as well.
 
     Returns:
         output [B, Hq, M, D] float32, lse [B, Hq, M] float32, and kept [levels, B, Hk] int64, finest first: the
@@ -56,27 +58,37 @@ def attend_fixed(
         selected = ops.select_clusters(scores, log_thresholds[depth])
         if level.values is not None:
             left_out = (level.sizes > 0) & ~selected
-            parts.append(
-                _stand_in(ops, query, index, depth, left_out if allowed is None else left_out & allowed, scale)
-            )
+            left_out = left_out if allowed is None else left_out & allowed
+            parts.append(_stand_in(ops, query, index, depth, left_out, scale, recalled))
         if depth > 0:
             allowed = ops.expand_to_children(selected, level.offsets, index.levels[depth - 1].shape[1])
             kept[depth] = allowed.sum(-1)
-    kept[0] = ops.kept_keys(selected, finest.sizes)
+    kept[0] = ops.kept_keys(selected, finest.sizes, recalled)
     attended = ops.attend_selected(
-        query, index.keys, index.values, finest.offsets, selected, window, scale, index.scales
+        query, index.keys, index.values, finest.offsets, selected, window, scale, index.scales, recalled=recalled
     )
     return *_joined(ops, [attended, *parts]), kept
 
 
 def _stand_in(
-    ops: ModuleType, query: Tensor, index: ClusteredKeys, depth: int, left_out: Tensor, scale: float
+    ops: ModuleType,
+    query: Tensor,
+    index: ClusteredKeys,
+    depth: int,
+    left_out: Tensor,
+    scale: float,
+    recalled: Recalled | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention to the clusters [B, Hk, K] that a level leaves out, each as N_i keys that lie at its centroid."""
+    """Attention to the clusters [B, Hk, K] that a level leaves out, each as N_i keys that lie at its centroid.
+
+    Keys that are attended all the same are not among the N_i.
+    """
     level = index.levels[depth]
     kv_heads, clusters, _ = level.shape
     each = torch.arange(clusters + 1, dtype=torch.int32, device=query.device).expand(kv_heads, -1)
-    log_sizes = level.sizes.clamp(min=1).log()
+    sizes = level.sizes if recalled is None else recalled.sizes[depth]
+    left_out = left_out & (sizes > 0)
+    log_sizes = sizes.clamp(min=1).log()
     return ops.attend_selected(
         query, level.centroids, level.values, each, left_out, (0, 0), scale, index.scales, log_sizes
     )

@@ -68,6 +68,47 @@ class ClusterLevel:
         )
 
 
+class Recalled(NamedTuple):
+    """Clustered keys that a question's generated tokens attend to whatever is selected, see `squeezed.recall`.
+
+    Attributes:
+        slots: [B, kv_heads, R] int32, places among the clustered keys, ascending; -1 for padding, which comes last.
+        clusters: [B, kv_heads, R] int32, the finest cluster of each; for padding, the number of clusters.
+        sizes: of each level, finest first, [B, kv_heads, clusters] int32: keys of each cluster that are not among them.
+        All with B = 1 where the questions of a batch share them.
+    """
+
+    slots: Tensor
+    clusters: Tensor
+    sizes: tuple[Tensor, ...]
+
+
+def recalled_at(places: Tensor, levels: tuple[ClusterLevel, ...]) -> Recalled:
+    """The keys at `places`, [B, kv_heads, R] int64 among the clustered keys in any order, -1 for none."""
+    clusters = levels[0].shape[1]
+    last = torch.iinfo(torch.int64).max
+    slots = torch.where(places < 0, last, places).sort(-1).values
+    present = slots < last
+    slots = slots.where(present, -1)
+    sizes, inside = [], slots
+    for number, level in enumerate(levels):
+        inside = _holder(inside.clamp(min=0), level.offsets)
+        taken = torch.zeros(*places.shape[:2], level.shape[1], dtype=torch.int32, device=places.device)
+        taken.scatter_add_(2, inside, present.int())
+        sizes.append(level.sizes - taken)
+        if number == 0:
+            own = inside.where(present, clusters)
+    return Recalled(slots.int().contiguous(), own.int().contiguous(), tuple(sizes))
+
+
+def _holder(children: Tensor, offsets: Tensor) -> Tensor:
+    """The cluster that holds each child, [B, kv_heads, n] int64."""
+    batch, kv_heads, count = children.shape
+    rows = children.transpose(0, 1).reshape(kv_heads, batch * count)
+    found = torch.searchsorted(offsets.long(), rows.contiguous(), right=True) - 1
+    return found.view(kv_heads, batch, count).transpose(0, 1)
+
+
 @dataclass(frozen=True)
 class ClusteredKeys:
     """One layer's fixed context: keys and values cluster by cluster, then what is always attended, in text order.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from squeezed.ops.layout import ChannelScales, from_eight_bits
+from squeezed.ops.layout import ChannelScales, Recalled, from_eight_bits
 
 
 def centroid_logits(
@@ -114,6 +114,7 @@ def attend_selected(
     scale: float,
     scales: ChannelScales | None = None,
     bias: Tensor | None = None,
+    recalled: Recalled | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Exact softmax attention over the keys of the selected clusters and the window.
 
@@ -128,7 +129,8 @@ def attend_selected(
         window: [start, end) of the keys that are always attended.
         scale: softmax scale.
         scales: of keys and values in 8 bits.
-        bias: [Hk, N] float32, added to the logits of every query.
+        bias: [Hk, N] or [B, Hk, N] float32, added to the logits of every query.
+        recalled: single keys that are attended whether their clusters are selected or not.
 
     Returns:
         output [B, Hq, M, D] float32 and log-sum-exp [B, Hq, M] float32 (-inf where nothing was attended).
@@ -143,10 +145,12 @@ def attend_selected(
     else:
         in_window = (position >= window[0]) & (position < window[1])
         kept = expand_to_children(selected, offsets, tokens) | in_window
+        if recalled is not None:
+            kept = kept | _at(recalled.slots, tokens)
     grouped = query.reshape(batch, kv_heads, -1, dim).float()
     logits = scale * (grouped @ keys.float().transpose(-1, -2))
     if bias is not None:
-        logits = logits + bias.unsqueeze(1)
+        logits = logits + bias.unsqueeze(-2)
     logits = logits.masked_fill(~kept.unsqueeze(2), float("-inf"))
     lse = torch.logsumexp(logits, dim=-1)
     weights = (logits - lse.nan_to_num(neginf=0.0).unsqueeze(-1)).exp()
@@ -169,6 +173,34 @@ def merge_attention(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]
     return output, lse  # type: ignore[return-value]
 
 
-def kept_keys(selected: Tensor, sizes: Tensor) -> Tensor:
-    """Number of clustered keys that a selection attends: [B, Hk] int64."""
-    return (selected * sizes).sum(dim=-1)
+def kept_keys(selected: Tensor, sizes: Tensor, recalled: Recalled | None = None) -> Tensor:
+    """Number of clustered keys that a selection and recalled keys attend: [B, Hk] int64."""
+    kept = (selected * sizes).sum(dim=-1)
+    if recalled is not None:
+        kept = kept + (~selected * (sizes - recalled.sizes[0])).sum(dim=-1)
+    return kept
+
+
+def _at(slots: Tensor, tokens: int) -> Tensor:
+    """Which keys the slots [B, Hk, R] name: [B, Hk, tokens] bool."""
+    marks = torch.zeros(*slots.shape[:2], tokens + 1, dtype=torch.bool, device=slots.device)
+    return marks.scatter_(2, slots.long().where(slots >= 0, tokens), True)[..., :tokens]
+
+
+def peak_weights(query: Tensor, keys: Tensor, lse: Tensor, scale: float, scales: ChannelScales | None = None) -> Tensor:
+    """The highest attention weight that any query of a KV head's group gives each key: [B, Hk, N] float32.
+
+    Args:
+        query: [B, Hq, M, D].
+        keys: [Hk, N, D].
+        lse: [B, Hq, M], log-sum-exp of each query's attention; +inf for a query that does not count.
+        scale: softmax scale.
+        scales: of keys in 8 bits.
+    """
+    if scales is not None:
+        keys = from_eight_bits(keys, *scales[:2])
+    batch, q_heads, queries, dim = query.shape
+    kv_heads = keys.shape[0]
+    rows = q_heads // kv_heads * queries
+    logits = scale * (query.reshape(batch, kv_heads, rows, dim).float() @ keys.float().transpose(-1, -2))
+    return (logits - lse.reshape(batch, kv_heads, rows, 1)).amax(2).exp()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from squeezed.ops import reference
-from squeezed.ops.layout import ClusteredKeys, ClusterLevel, from_eight_bits
+from squeezed.ops.layout import ClusteredKeys, ClusterLevel, Recalled, from_eight_bits, recalled_at
 from squeezed.storage import add_centroid_values, to_eight_bits
 
 
@@ -101,6 +101,23 @@ def make_query(case: Case, device: str = "cpu") -> Tensor:
     return (1.5 * torch.randn(shape, generator=generator)).to(case.dtype).to(device)
 
 
+def make_recalled(case: Case, layer: ClusteredKeys, count: int = 30, shared: bool = False) -> Recalled:
+    """Random clustered keys, neighbours and whole clusters among them; the last head's are partly padding."""
+    generator = torch.Generator().manual_seed(case.seed + 2)
+    shape = (1 if shared else case.batch, case.kv_heads)
+    places = torch.stack(
+        [torch.randperm(layer.clustered, generator=generator)[:count] for _ in range(shape[0] * shape[1])]
+    )
+    places = places.view(*shape, -1)
+    neighbours = places.shape[2] // 3
+    places[..., :neighbours] = torch.arange(neighbours)  # the first clusters as a whole
+    for row in places.flatten(0, 1):
+        kept = row.unique()
+        row.fill_(-1)[: len(kept)] = kept
+    places[:, -1, -3:] = -1
+    return recalled_at(places.to(layer.keys.device), layer.levels)
+
+
 def reference_selection(query: Tensor, layer: ClusteredKeys, log_thresholds: Tensor, scale: float) -> Tensor:
     """[B, Hk, K] bool on the finest level, every level through the reference operations."""
     allowed = None
@@ -158,10 +175,12 @@ def judge_whole(
     window_end: int,
     scale: float,
     asking: Tensor | None = None,
+    recalled: Recalled | None = None,
 ) -> tuple[Tensor, Tensor]:
     """float64 softmax over selected keys, the window, and a stand-in of N_i keys for every cluster left out.
 
-    `asking`: the queries by which clusters are scored; by default all.
+    `asking`: the queries by which clusters are scored; by default all. `recalled` keys are attended once, whether their
+    clusters are selected or stood in for, and then not stood in for.
     """
     asking = query if asking is None else asking
     batch, q_heads, queries, head_dim = query.shape
@@ -172,7 +191,14 @@ def judge_whole(
         keys[:, apart], values[:, apart] = (rows.double() for rows in layer.sinks)
     position = torch.arange(tokens, device=query.device)
     in_window = (position >= layer.clustered) & (position < window_end)
-    rows, means, bias, kept, allowed = [keys], [values], [torch.zeros(kv_heads, tokens).to(keys)], [], None
+    also = torch.zeros(batch, kv_heads, tokens, dtype=torch.bool, device=query.device)
+    if recalled is not None:
+        for b in range(batch):
+            for head in range(kv_heads):
+                slots = recalled.slots[b % len(recalled.slots), head].tolist()
+                also[b, head, [slot for slot in slots if slot >= 0]] = True
+    zeros = torch.zeros(batch, kv_heads, tokens).to(keys)
+    rows, means, bias, kept, allowed = [keys], [values], [zeros], [], None
     for depth in reversed(range(len(layer.levels))):
         here = layer.levels[depth]
         scores = reference.score_centroids(
@@ -183,19 +209,32 @@ def judge_whole(
             centroids, centroid_values = _rows(layer, here.centroids, here.values)
             rows.append(centroids)
             means.append(centroid_values)
-            bias.append(here.sizes.double().clamp(min=1).log())
-            left_out = (here.sizes > 0) & ~selected
+            sizes = here.sizes.double() - _members(also, layer, depth)
+            bias.append(sizes.clamp(min=1).log())
+            left_out = (sizes > 0) & ~selected
             kept.append(left_out if allowed is None else left_out & allowed)
         children = layer.levels[depth - 1].shape[1] if depth else tokens
         allowed = reference.expand_to_children(selected, here.offsets, children)
     assert allowed is not None
-    seen = torch.cat([allowed | in_window, *kept], 2)
+    seen = torch.cat([allowed | in_window | also, *kept], 2)
     grouped = query.double().reshape(batch, kv_heads, -1, head_dim)
-    logits = scale * grouped @ torch.cat(rows, 1).transpose(-1, -2) + torch.cat(bias, 1).unsqueeze(1)
+    logits = scale * grouped @ torch.cat(rows, 1).transpose(-1, -2) + torch.cat(bias, 2).unsqueeze(2)
     logits = logits.masked_fill(~seen[:, :, None], float("-inf"))
     lse = logits.logsumexp(-1)
     weights = (logits - lse.nan_to_num(neginf=0.0)[..., None]).exp()
     return (weights @ torch.cat(means, 1)).reshape(query.shape), lse.reshape(batch, q_heads, queries)
+
+
+def _members(marked: Tensor, layer: ClusteredKeys, depth: int) -> Tensor:
+    """How many of the marked keys [B, Hk, N] are in each cluster of a level, [B, Hk, K] int64, counted one by one."""
+    counts = torch.zeros(*marked.shape[:2], layer.levels[depth].shape[1], dtype=torch.int64, device=marked.device)
+    for head in range(marked.shape[1]):
+        for cluster in range(counts.shape[2]):
+            first, end = (int(edge) for edge in layer.levels[depth].offsets[head, cluster : cluster + 2])
+            for below in reversed(layer.levels[:depth]):
+                first, end = int(below.offsets[head, first]), int(below.offsets[head, end])
+            counts[:, head, cluster] = marked[:, head, first:end].sum(-1)
+    return counts
 
 
 def decided(query: Tensor, layer: ClusteredKeys, log_thresholds: Tensor, scale: float) -> Tensor:

@@ -31,6 +31,7 @@ from tests.ops.cases import (
     list_to_mask,
     make_layer,
     make_query,
+    make_recalled,
     quantile_thresholds,
     reference_selection,
     relative_error,
@@ -312,6 +313,43 @@ def test_stand_ins_and_eight_bits_on_shapes_too_large_for_an_interpreter(case: C
         assert_matches_whole(case, keep)
 
 
+RECALLED = [
+    Case(seed=41),
+    Case(batch=3, q_heads=4, levels=2, clusters=300, seed=42),
+    Case(q_heads=4, dtype=torch.float16, head_dim=128, compensate=True, centroid_bits=8, second_order=True, seed=43),
+    Case(batch=2, q_heads=14, levels=3, clusters=290, compensate=True, centroid_bits=8, key_bits=8, seed=44),
+    Case(batch=2, kv_heads=1, levels=2, clusters=61, largest=3, compensate=True, centroid_bits=8, key_bits=8, seed=45),
+    # More rows than keep their logits.
+    Case(batch=2, q_heads=80, levels=2, clusters=61, compensate=True, centroid_bits=8, seed=46),
+]
+
+
+@on_device
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("case", RECALLED, ids=range(len(RECALLED)))
+def test_recalled_keys_are_attended_once_whatever_is_selected(case: Case, shared: bool) -> None:
+    query, layer, thresholds, scale = setup(case)
+    recalled = make_recalled(case, layer, shared=shared)
+    for keep in (None, 0.0, 1.0):
+        if keep is not None:
+            thresholds.fill_(float("-inf") if keep else float("inf"))
+        end = layer.tokens - 3
+        output, lse, kept = attend_fixed(query, layer, thresholds, end, scale, None, recalled)
+        expected, expected_lse = judge_whole(query, layer, thresholds, end, scale, recalled=recalled)
+        assert relative_error(output, expected) < STORED_TOLERANCE[case.dtype]
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-3, atol=LSE_TOLERANCE[case.dtype])
+        selected = reference_selection(query, layer, thresholds, scale)
+        assert torch.equal(kept[0].long(), reference.kept_keys(selected, layer.levels[0].sizes, recalled).long())
+        if keep == 0.0:
+            present = (recalled.slots >= 0).sum(-1).expand(case.batch, -1)
+            assert torch.equal(kept[0].long(), present)
+        for ops in (reference, cpu):
+            if INTERPRETED:
+                same = chain.attend_fixed(ops, query, layer, tuple(thresholds.tolist()), end, scale, recalled=recalled)
+                assert relative_error(same[0], expected) < STORED_TOLERANCE[case.dtype]
+                assert torch.equal(same[2][0], kept[0].long())
+
+
 @on_device
 def test_merging_equals_attention_over_the_union() -> None:
     case = Case(q_heads=4, queries=3, seed=16)
@@ -360,7 +398,7 @@ def test_the_operator_is_registered_with_a_matching_fake() -> None:
     query, layer, thresholds, scale = setup(case)
     level = layer.levels[0]
     arguments = (query, layer.keys, layer.values, [level.centroids], [level.sizes], [level.offsets])
-    rest = (layer.clustered, thresholds, layer.tokens, scale, [], [], [], [], None)
+    rest = (layer.clustered, thresholds, layer.tokens, scale, [], [], [], [], None, [])
     torch.library.opcheck(
         torch.ops.squeezed.attend_fixed.default, (*arguments, *rest), test_utils=("test_schema", "test_faketensor")
     )

@@ -46,9 +46,9 @@ class Squeezed(Method):
         raise TypeError("the product chooses for itself; see squeezed.evaluation.rows")
 
 
-def sparsity_for(context: FixedContext, budget: float) -> float:
+def sparsity_for(context: FixedContext, budget: float, recalls: bool) -> float:
     """The sparsity at which a query token is expected to read that share of the full KV; 1 if there is none."""
-    costs = [expected_budget(context, sparsity) for sparsity in _GRID]
+    costs = [expected_budget(context, sparsity, recalls) for sparsity in _GRID]
     if budget >= costs[0] or budget >= 1:
         return 0.0
     for i in range(1, len(_GRID)):
@@ -58,12 +58,18 @@ def sparsity_for(context: FixedContext, budget: float) -> float:
     return 1.0
 
 
-def expected_budget(context: FixedContext, sparsity: float) -> float:
-    """Share of the full KV read if exactly that share of the keys is left out, as a cache's own accounting has it."""
+def expected_budget(context: FixedContext, sparsity: float, recalls: bool) -> float:
+    """Share of the full KV read if exactly that share of the keys is left out, as a cache's own accounting has it.
+
+    `recalls`: the token is an answer's, and recalled keys are read although they are left out.
+    """
     index = context.squeezed_layers[len(context.squeezed_layers) // 2]
     levels = len(index.levels)
     kept = torch.zeros(levels, 1, index.keys.shape[0])
     kept[0] = (1 - sparsity) * index.clustered
+    recall = context.cache(0.5).fixed_layers[0].recall
+    if recalls and recall is not None:
+        kept[0] += sparsity * recall.count(index.clustered)
     for level in range(1, levels):
         survivors = 1 - coarse_sparsity(sparsity, level, levels)
         kept[level] = survivors * (index.levels[level - 1].sizes > 0).sum(1)

@@ -15,7 +15,7 @@ from numba import get_num_threads
 from torch import Tensor
 
 from squeezed.ops.cpu import attend, score
-from squeezed.ops.layout import ChannelScales
+from squeezed.ops.layout import ChannelScales, Recalled
 from squeezed.ops.reference import expand_to_children, kept_keys, merge_attention, select_clusters
 
 __all__ = [
@@ -95,6 +95,7 @@ def attend_selected(
     scale: float,
     scales: ChannelScales | None = None,
     bias: Tensor | None = None,
+    recalled: Recalled | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`squeezed.ops.reference.attend_selected`."""
     batch, q_heads, queries, dim = query.shape
@@ -102,10 +103,13 @@ def attend_selected(
     rows = (q_heads // kv_heads) * queries
     if selected is None:
         nothing = np.empty((batch * kv_heads, 0), np.bool_)
-        runs = attend.merge_runs(nothing, np.zeros((kv_heads, 1), np.int32), 0, window[1])
+        runs = attend.merge_runs(nothing, np.zeros((kv_heads, 1), np.int32), 0, window[1], *_NOTHING_RECALLED)
     else:
         flat = selected.reshape(batch * kv_heads, -1).contiguous().numpy()
-        runs = attend.merge_runs(flat, offsets.numpy(), window[0], window[1])
+        single = _NOTHING_RECALLED if recalled is None else _flat(recalled)
+        runs = attend.merge_runs(flat, offsets.numpy(), window[0], window[1], *single)
+    if bias is not None:
+        bias = bias.reshape(-1, bias.shape[-1])
     grouped = query.float().reshape(batch, kv_heads, rows, dim)
     eight_bits = keys.dtype == torch.int8
     if eight_bits:
@@ -125,6 +129,13 @@ def attend_selected(
 
 
 Runs = tuple[np.ndarray, np.ndarray, np.ndarray]
+_NOTHING_RECALLED = (np.empty((1, 0), np.int32), np.empty((1, 0), np.int32))
+
+
+def _flat(recalled: Recalled) -> tuple[np.ndarray, np.ndarray]:
+    """Slots and clusters, [B * Hk, R] each, or [Hk, R] where all questions share them."""
+    slots, clusters = (part.reshape(-1, part.shape[-1]).contiguous().numpy() for part in recalled[:2])
+    return slots, clusters
 
 
 def _attend_streamed(
@@ -175,7 +186,7 @@ def _attend_gathered(
             block = slice(first, first + step)
             logits = (grouped[row, block] * scale) @ transposed_keys
             if bias is not None:
-                logits += bias[head].index_select(0, index)
+                logits += bias[row % bias.shape[0]].index_select(0, index)
             lse[row, block] = logits.logsumexp(-1)
             output[row, block] = logits.sub_(lse[row, block].unsqueeze(-1)).exp_() @ kept_values
     return output, lse

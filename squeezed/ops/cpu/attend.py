@@ -13,14 +13,16 @@ _TILE = 32  # keys whose logits are held at once, and how far ahead memory is as
 
 
 @njit(cache=True, nogil=True)
-def merge_runs(selected, offsets, window_start, window_end):  # type: ignore[no-untyped-def]
-    """Selected clusters and the window as maximal runs of keys.
+def merge_runs(selected, offsets, window_start, window_end, slots, holders):  # type: ignore[no-untyped-def]
+    """Selected clusters, the window and recalled keys as runs of keys, those of neighbouring clusters as one.
 
-    selected [B * Hk, K] bool; offsets [Hk, K + 1]. Returns starts, ends [B * Hk, K + 1] and counts [B * Hk].
+    selected [B * Hk, K] bool; offsets [Hk, K + 1]; slots, holders [B * Hk, R] or [Hk, R], recalled keys and their
+    clusters, see `Recalled`. Returns starts, ends [B * Hk, K + 1 + R] and counts [B * Hk].
     """
     rows, clusters = selected.shape
-    starts = np.empty((rows, clusters + 1), np.int32)
-    ends = np.empty((rows, clusters + 1), np.int32)
+    recalled = slots.shape[1]
+    starts = np.empty((rows, clusters + 1 + recalled), np.int32)
+    ends = np.empty((rows, clusters + 1 + recalled), np.int32)
     counts = np.zeros(rows, np.int64)
     for row in range(rows):
         head = row % offsets.shape[0]
@@ -38,6 +40,15 @@ def merge_runs(selected, offsets, window_start, window_end):  # type: ignore[no-
                 ends[row, count - 1] = end
             else:
                 starts[row, count], ends[row, count] = start, end
+                count += 1
+        for i in range(recalled):
+            slot, holder = slots[row % slots.shape[0], i], holders[row % slots.shape[0], i]
+            if slot < 0 or selected[row, holder]:
+                continue
+            if count > 0 and ends[row, count - 1] == slot:
+                ends[row, count - 1] = slot + 1
+            else:
+                starts[row, count], ends[row, count] = slot, slot + 1
                 count += 1
         counts[row] = count
     return starts, ends, counts
@@ -94,9 +105,9 @@ def plan_items(starts, ends, counts, wanted):  # type: ignore[no-untyped-def]
 def stream_items(query, keys, values, starts, ends, items, bias, scale, partial, partial_max, partial_sum):  # type: ignore[no-untyped-def]
     """Online-softmax attention of each work item, unnormalised.
 
-    query [B * Hk, G, D] float32; keys, values [Hk, N, D] float32, int8 or raw bfloat16; bias [Hk, N] float32 of the
-    logits or [0, 0] for none. Writes partial [items, G, D], partial_max and partial_sum [items, G], float32. Each kept
-    key is read once for all G queries.
+    query [B * Hk, G, D] float32; keys, values [Hk, N, D] float32, int8 or raw bfloat16; bias [Hk, N] or [B * Hk, N]
+    float32 of the logits, or [0, 0] for none. Writes partial [items, G, D], partial_max and partial_sum [items, G],
+    float32. Each kept key is read once for all G queries.
     """
     biased = bias.shape[0] > 0
     group, dim = query.shape[1], query.shape[2]
@@ -131,7 +142,7 @@ def stream_items(query, keys, values, starts, ends, items, bias, scale, partial,
                         dot += query[row, g, d] * widen(keys[head, position, d])
                     logits[g, i] = dot * scale
                     if biased:
-                        logits[g, i] += bias[head, position]
+                        logits[g, i] += bias[row % bias.shape[0], position]
             for g in range(group):
                 highest = top[g]
                 for i in range(tile):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from squeezed.ops.layout import ChannelScales, ClusteredKeys, ClusterLevel
+from squeezed.ops.layout import ChannelScales, ClusteredKeys, ClusterLevel, Recalled
 from squeezed.ops.triton import device as dev
 from squeezed.ops.triton.attend import AttendConfig, attend_config, attend_list, join_list
 from squeezed.ops.triton.join import Parts
@@ -40,6 +40,7 @@ def select_keys(
     own: OwnKeys | None = None,
     own_parts: Parts | None = None,
     many: bool | None = None,
+    recalled: Recalled | None = None,
 ) -> tuple[WorkList, list[LeftOut]]:
     """Score and select level by level, coarsest first.
 
@@ -56,6 +57,7 @@ def select_keys(
         centroid_values: of each level, if they are to stand in for what is left out.
         own, own_parts: own tokens for the first launch to attend to as well, and where to; few rows only.
         many: whether to score as for many rows, without keeping logits; by default, if there are many.
+        recalled: single keys to list as well.
 
     Returns:
         the list of keys, and each level's left-out clusters, coarsest first; none without `centroid_values`.
@@ -88,7 +90,8 @@ def select_keys(
             ids,
             id_counts,
             None if kept is None else kept[level],
-            sizes[level] if centroid_values else None,
+            (sizes if recalled is None else recalled.sizes)[level] if centroid_values else None,
+            recalled if finest else None,
         )
         if centroid_values:
             left_out.append(
@@ -123,11 +126,12 @@ def _attend_fixed(
     centroid_values: list[Tensor],
     sink_rows: list[Tensor],
     most_voters: int | None,
+    recalled: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, q_heads, queries, head_dim = query.shape
     output, lse, kept = _attend(
-        query, None, None, keys, values, centroids, sizes, offsets, clustered, log_thresholds, window_end, scale,
-        scales, spreads, centroid_values, sink_rows, most_voters,
+        query, None, None, None, keys, values, centroids, sizes, offsets, clustered, log_thresholds, window_end, scale,
+        scales, spreads, centroid_values, sink_rows, most_voters, recalled,
     )  # fmt: skip
     shape = (batch, q_heads, queries)
     return output.reshape(*shape, head_dim), lse.reshape(shape), kept.reshape(-1, batch, keys.shape[0])
@@ -137,6 +141,7 @@ def _attend(
     query: Tensor,
     own: OwnKeys | None,
     tally: Tally | None,
+    ahead: Tensor | None,
     keys: Tensor,
     values: Tensor,
     centroids: list[Tensor],
@@ -151,6 +156,7 @@ def _attend(
     centroid_values: list[Tensor],
     sink_rows: list[Tensor],
     most_voters: int | None,
+    recalled: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output and lse [B, Hk, rows, ...] and kept [levels, B * Hk]; the output of the query's dtype with own tokens."""
     batch, q_heads, queries, head_dim = query.shape
@@ -187,13 +193,14 @@ def _attend(
         own_parts,
         # Stand-ins of few rows need every row's logits.
         rows > dev.FEW_ROWS or voting_rows < rows,
+        Recalled(recalled[0], recalled[1], tuple(recalled[2:])) if recalled else None,
     )
     key_scales = channel_scales if keys.dtype == torch.int8 else None
     parts = attend_list(grouped, keys, values, work, scale, config, key_scales)
     # Runs while the list is attended: see `squeezed.ops.triton.stand_in`.
     others = attend_left_out(grouped, left_out, sinks, scale, centroid_scales)
     dtype = torch.float32 if own is None else query.dtype
-    output, lse = join_list(grouped, parts, key_scales, others, own_parts, dtype, kept, tally)
+    output, lse = join_list(grouped, parts, key_scales, others, own_parts, dtype, kept, tally, ahead)
     return output, lse, kept
 
 
@@ -214,6 +221,7 @@ def _(
     centroid_values: list[Tensor],
     sink_rows: list[Tensor],
     most_voters: int | None,
+    recalled: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, q_heads, queries, _ = query.shape
     return (
@@ -234,6 +242,7 @@ def attend_fixed(
     window_end: int,
     scale: float,
     voters: int | None = None,
+    recalled: Recalled | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Squeezed attention of one layer to its fixed context.
 
@@ -244,13 +253,15 @@ def attend_fixed(
         window_end: keys [layer.clustered, window_end) are always attended.
         scale: softmax scale.
         voters: most of the M queries by which clusters are scored, see `squeezed.ops.voting`; None: all.
+        recalled: single keys to attend to as well.
 
     Returns:
         output [B, Hq, M, D] float32, log-sum-exp [B, Hq, M] float32 (0 and -inf where nothing is attended), and kept
         [levels, B, Hk] int32, finest first: the clustered keys attended, and of each coarser level how many clusters of
         the next finer one it left to look at.
     """
-    return torch.ops.squeezed.attend_fixed(query, *_arguments(layer, log_thresholds, window_end, scale, voters))
+    arguments = _arguments(layer, log_thresholds, window_end, scale, voters, recalled)
+    return torch.ops.squeezed.attend_fixed(query, *arguments)
 
 
 def attend_with_own(
@@ -261,17 +272,26 @@ def attend_with_own(
     scale: float,
     own: OwnKeys,
     tally: Tally | None,
+    recalled: Recalled | None = None,
+    ahead: Tensor | None = None,
 ) -> Tensor:
     """A decode step's whole attention, to the fixed context and to the own tokens: [B, Hq * D] of the query's dtype.
 
-    Arguments as `attend_fixed`; query [B, Hq, 1, D] with at most `device.FEW_ROWS` heads per KV head.
+    Arguments as `attend_fixed`; query [B, Hq, 1, D] with at most `device.FEW_ROWS` heads per KV head; `ahead`: weights
+    that the next launch reads.
     """
-    output, _, _ = _attend(query, own, tally, *_arguments(layer, log_thresholds, window_end, scale))
+    arguments = _arguments(layer, log_thresholds, window_end, scale, None, recalled)
+    output, _, _ = _attend(query, own, tally, ahead, *arguments)
     return output.reshape(query.shape[0], -1)
 
 
 def _arguments(
-    layer: ClusteredKeys, log_thresholds: Tensor, window_end: int, scale: float, most_voters: int | None = None
+    layer: ClusteredKeys,
+    log_thresholds: Tensor,
+    window_end: int,
+    scale: float,
+    most_voters: int | None,
+    recalled: Recalled | None,
 ) -> tuple[Any, ...]:
     """What the operator takes after the query."""
     spreads: list[Tensor] = []
@@ -292,4 +312,5 @@ def _arguments(
         [level.values for level in layer.levels if level.values is not None],
         list(layer.sinks or ()),
         most_voters,
+        [] if recalled is None else [recalled.slots, recalled.clusters, *recalled.sizes],
     )

@@ -5,7 +5,8 @@ it to publish theirs (they started earlier, so this ends) and writes its entries
 clusters whatever the timing: the list, and so the sums made from it, are the same in every run.
 
 An entry is a short run of consecutive children: start * 16 + length with length up to `width`, or just the start when
-the width is 1.
+the width is 1. Recalled keys whose clusters are not selected are entries too, each by the chunk in which its cluster is
+or, if a coarser level has dropped that, would be.
 """
 
 # mypy: allow-untyped-defs, disable-error-code="attr-defined"
@@ -19,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from squeezed.ops.layout import Recalled
 from squeezed.ops.triton import device as dev
 from squeezed.ops.triton.score import Scores
 
@@ -62,9 +64,9 @@ def chunks_of(capacity: int, listed: bool, many: bool) -> int:
     return triton.cdiv(capacity, chunk_size(capacity, listed, many))
 
 
-def list_capacity(children: int, clusters: int, window: int, width: int) -> int:
-    """Entries that a head can need at most: every cluster may end in one incomplete run."""
-    return (children + (width - 1) * clusters) // width + triton.cdiv(window, width)
+def list_capacity(children: int, clusters: int, window: int, width: int, recalled: int = 0) -> int:
+    """Entries that a head can need at most: every cluster may end in one incomplete run, every recalled key be one."""
+    return (children + (width - 1) * clusters) // width + triton.cdiv(window, width) + recalled
 
 
 @triton.jit
@@ -85,6 +87,17 @@ def _entries(
 
 
 @triton.jit
+def _place_of(holder, cluster, CHUNK_SIZE: tl.constexpr, LOG_CHUNK: tl.constexpr, RECALLED: tl.constexpr):
+    """Place of each cluster `holder` [RECALLED] among the ascending `cluster` [CHUNK_SIZE]; any place if it isn't."""
+    place = tl.zeros([RECALLED], tl.int32)
+    for bit in tl.static_range(LOG_CHUNK):
+        further = place + (CHUNK_SIZE >> (bit + 1))
+        passed = tl.gather(cluster, further, 0) <= holder
+        place = tl.where(passed, further, place)
+    return place
+
+
+@triton.jit
 def _select(
     logits,
     part_max,
@@ -98,6 +111,8 @@ def _select(
     kept,
     left_out,
     sizes,
+    slots,
+    holders,
     status,
     level,
     kv_heads,
@@ -109,6 +124,7 @@ def _select(
     list_size,
     window_start,
     window_end,
+    recalled,
     HAS_IDS: tl.constexpr,
     NORMALISED: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -118,17 +134,25 @@ def _select(
     CHUNK_SIZE: tl.constexpr,
     LOG_CHUNK: tl.constexpr,
     SLOTS: tl.constexpr,
+    RECALLED: tl.constexpr,
+    OWN_SIZES: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """OWN_SIZES: each question has sizes, slots and holders of its own; otherwise they are the KV head's."""
     chunk = tl.program_id(0)
     problem = tl.program_id(1)
     head = problem % kv_heads
+    asker = problem if OWN_SIZES else head
     index = chunk * CHUNK_SIZE + tl.arange(0, CHUNK_SIZE)
     offset_base = offsets + head * (clusters + 1)
     if not HAS_IDS:
         # Nothing that the scoring writes: read while it still runs.
         first = tl.load(offset_base + index, mask=index < clusters, other=0)
         end = tl.load(offset_base + index + 1, mask=index < clusters, other=0)
+    if RECALLED:
+        single = tl.arange(0, RECALLED)
+        slot_of = tl.load(slots + asker * recalled + single, mask=single < recalled, other=-1)
+        holder = tl.load(holders + asker * recalled + single, mask=single < recalled, other=clusters)
     threshold = tl.load(log_thresholds + level)
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -166,11 +190,11 @@ def _select(
 
         size = tl.where(peak > threshold, end - first, 0)
         if sizes is not None:
-            passed_over = (end > first) & (peak <= threshold)
             member = index
             if HAS_IDS:
                 member = cluster
-            members = tl.load(sizes + head * clusters + member, mask=inside, other=1)
+            members = tl.load(sizes + asker * clusters + member, mask=inside, other=0)
+            passed_over = (peak <= threshold) & (members > 0)
             members = tl.maximum(members, 1).to(tl.float32)
             if NORMALISED:
                 stands_in = tl.where(passed_over, tl.log2(members), float("-inf"))
@@ -181,8 +205,28 @@ def _select(
         runs = (size + (WIDTH - 1)) // WIDTH
         ends = tl.cumsum(runs, axis=0)
         begins = ends - runs
-        chunk_runs = tl.sum(runs, axis=0)
+        cluster_runs = tl.sum(runs, axis=0)
+        chunk_runs = cluster_runs
         chunk_children = tl.sum(size, axis=0)
+        if RECALLED:
+            lowest = chunk * CHUNK_SIZE
+            highest = tl.where(chunk == last_chunk, clusters, lowest + CHUNK_SIZE)
+            if HAS_IDS:
+                # From this chunk's first cluster to the next one's; the first and the last take what lies outside.
+                id_base = ids + problem.to(tl.int64) * capacity
+                lowest = tl.where(chunk == 0, 0, tl.load(id_base + lowest, mask=chunk > 0, other=0))
+                following = (chunk + 1) * CHUNK_SIZE
+                highest = tl.load(id_base + following, mask=chunk < last_chunk, other=clusters)
+                listed = tl.where(inside, cluster, clusters)
+                where_held = _place_of(holder, listed, CHUNK_SIZE, LOG_CHUNK, RECALLED)
+                taken = (tl.gather(listed, where_held, 0) == holder) & (tl.gather(size, where_held, 0) > 0)
+            else:
+                where_held = tl.minimum(tl.maximum(holder - lowest, 0), CHUNK_SIZE - 1)
+                taken = tl.gather(size, where_held, 0) > 0
+            added = ((holder >= lowest) & (holder < highest) & ~taken).to(tl.int32)
+            added_end = tl.cumsum(added, axis=0)
+            chunk_runs += tl.sum(added, axis=0)
+            chunk_children += tl.sum(added, axis=0)
 
         done = tl.full([], 1, tl.int64) << 62
         low = (tl.full([], 1, tl.int64) << 31) - 1
@@ -200,11 +244,14 @@ def _select(
         place = tl.sum((word >> 31) & low, axis=0)
         list_base = entries + problem.to(tl.int64) * list_size + place
 
-        tl.store(list_base + slot, entry, mask=slot < chunk_runs)
-        for slot_start in range(SLOTS, chunk_runs, SLOTS):
+        tl.store(list_base + slot, entry, mask=slot < cluster_runs)
+        for slot_start in range(SLOTS, cluster_runs, SLOTS):
             slot = slot_start + tl.arange(0, SLOTS)
             entry = _entries(slot, first, size, begins, ends, WIDTH, CHUNK_SIZE, LOG_CHUNK, SLOTS)
-            tl.store(list_base + slot, entry, mask=slot < chunk_runs)
+            tl.store(list_base + slot, entry, mask=slot < cluster_runs)
+        if RECALLED:
+            single_entry = slot_of * 16 + 1 if WIDTH > 1 else slot_of
+            tl.store(list_base + cluster_runs + added_end - 1, single_entry, mask=added > 0)
 
         if chunk == last_chunk:
             window_runs = tl.cdiv(window_end - window_start, WIDTH)
@@ -231,6 +278,7 @@ def select_clusters(
     id_counts: Tensor | None = None,
     kept: Tensor | None = None,
     sizes: Tensor | None = None,
+    recalled: Recalled | None = None,
     *,
     slots: int | None = None,
     warps: int = 4,
@@ -247,9 +295,10 @@ def select_clusters(
         width: children per entry, at most 8.
         ids, id_counts: as given to the scoring of this level.
         kept: [B * Hk] int32 to write the number of selected children to; by default a new one.
-        sizes: [Hk, K] int32, keys of each cluster, to also tell which clusters are left out. With few rows the logits
-            do, which become those of what stands in for a cluster's keys: its log size is added, and they are -inf for
-            selected clusters. With many, `left_out` does.
+        sizes: [Hk, K] or [B, Hk, K] int32, keys of each cluster that may be stood in for, to also tell which clusters
+            are left out. With few rows the logits do, which become those of what stands in for a cluster's keys: its
+            log size is added, and they are -inf for selected clusters. With many, `left_out` does.
+        recalled: keys to list as well where their clusters are not selected; of one question for all, if `sizes` are.
     """
     problems, rows, capacity = scores.logits.shape
     kv_heads, clusters = offsets.shape[0], offsets.shape[1] - 1
@@ -257,7 +306,10 @@ def select_clusters(
     splits = 1 if scores.part_max is None else scores.part_max.shape[2]
     chunks = chunks_of(capacity, ids is not None, normalised)
     chunk = chunk_size(capacity, ids is not None, normalised)
-    list_size = list_capacity(children, clusters, window[1] - window[0], width)
+    single = 0 if recalled is None else recalled.slots.shape[2]
+    list_size = list_capacity(children, clusters, window[1] - window[0], width, single)
+    by_question = recalled.slots if recalled else sizes
+    own_sizes = by_question is not None and by_question.dim() == 3 and by_question.shape[0] > 1
     entries = torch.empty(problems, list_size, dtype=torch.int32, device=offsets.device)
     counts = torch.empty(problems, dtype=torch.int32, device=offsets.device)
     kept = torch.empty_like(counts) if kept is None else kept
@@ -277,6 +329,8 @@ def select_clusters(
         kept,
         left_out,
         sizes,
+        recalled.slots if recalled else None,
+        recalled.clusters if recalled else None,
         status,
         level,
         kv_heads,
@@ -288,6 +342,7 @@ def select_clusters(
         list_size,
         window[0],
         window[1],
+        single,
         HAS_IDS=ids is not None,
         NORMALISED=normalised,
         WIDTH=width,
@@ -297,6 +352,8 @@ def select_clusters(
         CHUNK_SIZE=chunk,
         LOG_CHUNK=chunk.bit_length() - 1,
         SLOTS=slots or (_SLOTS_OF_FEW if chunk == 256 and width > 1 else _SLOTS),
+        RECALLED=triton.next_power_of_2(single) if single else 0,
+        OWN_SIZES=own_sizes,
         num_warps=warps * (1 if rows <= 4 else 2),
         **dev.launch_options(offsets.device),
     )

@@ -1,0 +1,129 @@
+"""Recall: what a question reads closely stays in view of every token of its answer.
+
+A question of ordinary length is read in one pass over the whole fixed context. That pass shows where the answer lies,
+better than any score of clusters can: some query gives a key there much of its attention. Later words of the answer are
+not looked at yet, but they follow those that are. So the tokens at and behind the strongest weights are attended by
+every generated token, in every layer and head, whatever is selected. SnapKV (arXiv 2404.14469) showed that the pooled
+weights of a prompt's end tell what its answer needs; there they decide what is left of each head's cache, here they add
+to a selection, and the same passages serve all heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from squeezed import ops
+from squeezed.ops.layout import ChannelScales, ClusteredKeys, Recalled, recalled_at
+
+QUERIES = 64  # last tokens of a question that count
+_HALF_LIFE = 24  # tokens behind a weight after which it counts for half: a line of text, or a long identifier
+_REACH = 64  # most tokens behind it
+_BEFORE = 4  # tokens before it that it brings along, each counting for less
+_SHARE = 32  # recalled are at most one in so many of the clustered keys
+_PIECE = 2**26  # logits held at once
+
+
+class Recall:
+    """The passages that each question of a batch has read closely, gathered as the question goes through the layers.
+
+    Args:
+        most: tokens to recall.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._weights: Tensor | None = None  # [B, tokens], by place in the text
+        self._places: Tensor | None = None
+        self.passes = 0  # questions that have gone through
+
+    def observe(self, weights: Tensor) -> None:
+        """Add a layer's weights [B, tokens] float32, by place in the text; -inf where keys are always attended."""
+        if self._places is not None or self._weights is None:
+            self._weights, self._places = torch.zeros_like(weights), None
+            self.passes += 1
+        self._weights += weights
+
+    @property
+    def places(self) -> Tensor | None:
+        """Places in the text of what the latest question recalls, [B, R] int64; None before there was one."""
+        if self._weights is None:
+            return None
+        if self._places is None:
+            clustered = self._weights >= 0
+            nearby = passages(self._weights.clamp(min=0)).where(clustered, float("-inf"))
+            count = self.count(int(clustered[0].sum()))
+            self._places = nearby.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+        return self._places
+
+    def count(self, clustered: int) -> int:
+        """Tokens to recall of that many clustered ones."""
+        return min(self.most, clustered // _SHARE)
+
+    def within(self, index: ClusteredKeys) -> Recalled | None:
+        """The same as places in a layer's clusters."""
+        if self.places is None:
+            return None
+        batch, kv_heads = self.places.shape[0], index.keys.shape[0]
+        slots = torch.arange(index.clustered, device=index.keys.device).expand(kv_heads, -1)
+        assert self._weights is not None
+        # Where each place in the text lies among the layer's clustered keys.
+        inverse = slots.new_full((kv_heads, self._weights.shape[1]), -1)
+        inverse.scatter_(1, index.positions.long(), slots)
+        found = inverse.unsqueeze(0).expand(batch, -1, -1)
+        return recalled_at(found.gather(2, self.places.unsqueeze(1).expand(-1, kv_heads, -1)), index.levels)
+
+
+def passages(weights: Tensor) -> Tensor:
+    """The strongest weight near each place, [B, N]: one before it counts for less the farther off it is."""
+    found, reach = weights, 1
+    while reach < _REACH:
+        found = torch.maximum(found, _moved(found, reach) * 0.5 ** (reach / _HALF_LIFE))
+        reach *= 2
+    for distance in range(1, _BEFORE + 1):
+        found = torch.maximum(found, _moved(weights, -distance) * 0.5 ** (distance / 2))
+    return found
+
+
+def _moved(weights: Tensor, distance: int) -> Tensor:
+    """Each row moved on by that many places, zeros coming in."""
+    moved = torch.zeros_like(weights)
+    if distance > 0:
+        moved[:, distance:] = weights[:, :-distance]
+    else:
+        moved[:, :distance] = weights[:, -distance:]
+    return moved
+
+
+def clustered_weights(query: Tensor, lse: Tensor, index: ClusteredKeys, tokens: int, scale: float) -> Tensor:
+    """What a layer has to say to `Recall.observe`: peak weights of the clustered keys, summed over KV heads.
+
+    Args:
+        query: [B, Hq, M, D]; its last `QUERIES` count.
+        lse: [B, Hq, M] of their attention to the fixed context; +inf for padding.
+        tokens: of the fixed context.
+        scale: softmax scale.
+
+    Returns:
+        [B, tokens] float32
+    """
+    clustered = index.keys[:, : index.clustered]
+    peaks = peak_weights(query, clustered, lse, scale, index.scales)
+    weights = peaks.new_full((peaks.shape[0], tokens), float("-inf"))
+    weights[:, index.positions[0].long()] = 0.0
+    for head, positions in enumerate(index.positions.long()):
+        weights[:, positions] += peaks[:, head]
+    return weights
+
+
+def peak_weights(query: Tensor, keys: Tensor, lse: Tensor, scale: float, scales: ChannelScales | None = None) -> Tensor:
+    """`ops.peak_weights` of a question's last tokens, piece by piece: [B, Hk, N]."""
+    query, lse = query[:, :, -QUERIES:], lse[:, :, -QUERIES:]
+    step = max(1, _PIECE // (query.shape[0] * query.shape[1] * query.shape[2]))
+    pieces = [ops.peak_weights(query, piece, lse, scale, scales) for piece in keys.split(step, dim=1)]
+    return torch.cat(pieces, dim=2)
+
+
+def observes(number: int, layers: int) -> bool:
+    """Whether squeezed layer `number` of `layers` says what is recalled: the middle half, where words are looked up."""
+    return layers // 4 <= number < layers - layers // 4
