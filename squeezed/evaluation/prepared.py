@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -105,6 +105,11 @@ class Prepared:
         if config.window != WINDOW:
             raise InputError(f"window is {config.window}: methods are compared with a window of {WINDOW} tokens")
         if config not in self._contexts:
+            # What is recalled does not change what is built.
+            alike = next((c for c in self._contexts if replace(c, recall=config.recall) == config), None)
+            if alike is not None:
+                self._contexts[config] = replace(self._contexts[alike], config=config)
+                return self._contexts[config]
             self._on_stage("building Squeezed")
             subject = self.subject
             self._contexts[config] = FixedContext.from_prefilled(

@@ -121,7 +121,7 @@ def test_the_harness_answers_like_squeeze_ask(family: str, spec: str, tmp_path: 
         folder = tmp_path / f"{row.budget}"
         context.save(folder)
         loaded = FixedContext.load(folder, lm, tokenizer)
-        sparsity = prepared.sparsity(row, recalls=True)
+        sparsity = prepared.sparsity(row, recalls=whole)
         (answer,) = ask(lm, tokenizer, loaded, [QUESTION], sparsity, decoding=Decoding(16), adaptive=whole)
         assert tokenizer.decode(found.tokens, skip_special_tokens=True).strip() == answer.text
         assert len(found.tokens) == answer.tokens
