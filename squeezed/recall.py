@@ -20,7 +20,7 @@ QUERIES = 64  # last tokens of a question that count
 _HALF_LIFE = 24  # tokens behind a weight after which it counts for half: a line of text, or a long identifier
 _REACH = 64  # most tokens behind it
 _BEFORE = 4  # tokens before it that it brings along, each counting for less
-_SHARE = 32  # recalled are at most one in so many of the clustered keys
+_SHARE = 48  # recalled are at most one in so many of the clustered keys
 _PIECE = 2**26  # logits held at once
 
 

@@ -1,4 +1,11 @@
-"""Asking the L2 cache for what a later launch reads, in the time in which nothing else is read from memory."""
+"""Asking the L2 cache for the next launch's weights, in the time in which nothing else is read from memory.
+
+A decode step reads without pause but for attention: while clusters are selected and while parts are joined, memory
+waits for a few programs. Others, with nothing else to do, then ask for the weights of the product that follows: the
+first of them during selection, to be kept while attention's keys pass through the cache, and those after them during
+the joining. More than memory has time for in these microseconds holds up the reads that are waited for
+(docs/results/kernel-notes.md).
+"""
 
 # mypy: allow-untyped-defs, disable-error-code="attr-defined"
 
@@ -11,31 +18,33 @@ from torch import Tensor
 
 from squeezed.ops.triton import device as dev
 
-_AT_ONCE = 128  # requests of a program, one of each of its threads
-SHARE = tl.constexpr(_AT_ONCE * 1024)  # bytes that a program asks for
+_LINE = tl.constexpr(128)  # bytes of a request
+_LINES = tl.constexpr(1024)  # requests of a program
+SHARE = _LINES.value * _LINE.value
 
 
-def programs(wanted: Tensor | None, most: int) -> int:
-    """How many programs ask for the first `most` bytes of a tensor; 0 where the device can't be asked."""
+def part(wanted: Tensor | None, first: int, size: int) -> Tensor | None:
+    """Bytes [first, first + size) of `wanted`, as kernels take them; None where a device can't be asked."""
     if wanted is None or not dev.has_dependent_launch(wanted.device):
-        return 0
-    return min(wanted.nbytes, most) // SHARE.value
+        return None
+    found = wanted.view(-1).view(torch.uint8)[first : first + size]
+    return found if found.numel() >= SHARE else None
 
 
-def as_bytes(wanted: Tensor | None, count: int) -> Tensor | None:
-    """The tensor as kernels take it, None if no program asks for it."""
-    return wanted.view(-1).view(torch.uint8) if wanted is not None and count else None
+def programs(asked: Tensor | None, together: int) -> int:
+    """How many times `together` programs ask for it."""
+    return 0 if asked is None else asked.numel() // SHARE // together
 
 
 @triton.jit
-def ask_ahead(wanted, program):
-    """Ask for this program's share of `wanted`, in requests of 1 KB that each thread makes for itself."""
-    place = wanted + program.to(tl.int64) * SHARE + tl.arange(0, SHARE // 1024) * 1024
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], 1024; mov.u32 $0, 0;",
-        "=r,l",
-        [place],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+def ask_ahead(asked, program, KEEP: tl.constexpr):
+    """Ask for this program's share; KEEP: to stay in the cache when other things pass through."""
+    line = asked + (program.to(tl.int64) * _LINES + tl.arange(0, _LINES)) * _LINE
+    if KEEP:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2::evict_last [$1]; mov.u32 $0, 0;", "=r,l", [line], tl.int32, is_pure=False, pack=1
+        )
+    else:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [line], tl.int32, is_pure=False, pack=1
+        )

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from squeezed.ops.layout import ChannelScales
 from squeezed.ops.triton import device as dev
-from squeezed.ops.triton.ahead import as_bytes, ask_ahead
+from squeezed.ops.triton.ahead import ask_ahead
 from squeezed.ops.triton.ahead import programs as asking_programs
 from squeezed.ops.triton.eight_bit import scaled_query
 from squeezed.ops.triton.join import (
@@ -40,7 +40,6 @@ from squeezed.ops.triton.stream import stream, stream_packed_row
 
 LOG2E = 1.4426950408889634
 _JOINED_AT_ONCE = 8192  # numbers of parts that a program holds
-_AHEAD = 16 * 2**20  # bytes of the next launch's weights; what memory has time for between attention and that launch
 
 
 @dataclass(frozen=True)
@@ -219,7 +218,7 @@ def _join_parts(
     problem = tl.program_id(1)
     if ahead is not None:  # noqa: SIM102
         if problem >= problems:
-            ask_ahead(ahead, (problem - problems) * tl.num_programs(0) + tl.program_id(0))
+            ask_ahead(ahead, (problem - problems) * tl.num_programs(0) + tl.program_id(0), False)
             return
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     problem_index = tl.arange(0, BLOCK_PROBLEMS)
@@ -383,7 +382,7 @@ def join_list(
         others, more: attention of the same rows over other keys.
         dtype: of the output.
         kept, tally: what `select_keys` kept, [levels, B * Hk], and where to add it up.
-        ahead: weights that the next launch reads; the L2 cache is asked for the first of them.
+        ahead: bytes that the next launch reads; the L2 cache is asked for them.
 
     Returns:
         output [B, Hk, rows, D] and log-sum-exp [B, Hk, rows] float32; 0 and -inf where nothing is attended.
@@ -393,7 +392,7 @@ def join_list(
     output = torch.empty(batch, kv_heads, rows, head_dim, dtype=dtype, device=query.device)
     lse = torch.empty(batch, kv_heads, rows, dtype=torch.float32, device=query.device)
     row_blocks = triton.cdiv(rows, joined_rows)
-    asking = asking_programs(ahead, _AHEAD) // row_blocks
+    asking = asking_programs(ahead, row_blocks)
     _join_parts[(row_blocks, problems + asking)](
         *(scales[2:] if scales else (None, None)),
         parts.work.counts,
@@ -410,7 +409,7 @@ def join_list(
         kept if tally else None,
         tally.total if tally else None,
         tally.running if tally else None,
-        as_bytes(ahead, asking),
+        ahead,
         problems,
         kv_heads,
         rows,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from squeezed.ops.layout import ChannelScales, ClusteredKeys, ClusterLevel, Recalled
 from squeezed.ops.triton import device as dev
+from squeezed.ops.triton.ahead import part
 from squeezed.ops.triton.attend import AttendConfig, attend_config, attend_list, join_list
 from squeezed.ops.triton.join import Parts
 from squeezed.ops.triton.own import OwnKeys, Tally
@@ -21,6 +22,9 @@ from squeezed.ops.triton.score_many import score_many_rows
 from squeezed.ops.triton.select import WorkList, chunks_of, select_clusters
 from squeezed.ops.triton.stand_in import LeftOut, attend_left_out
 from squeezed.ops.voting import voters, voting
+
+# Bytes of the next launch's weights: as many as memory has time for beside selecting and joining.
+_ASKED_SELECTING, _ASKED_JOINING = 8 * 2**20, 8 * 2**20
 
 
 def select_keys(
@@ -41,6 +45,7 @@ def select_keys(
     own_parts: Parts | None = None,
     many: bool | None = None,
     recalled: Recalled | None = None,
+    ahead: Tensor | None = None,
 ) -> tuple[WorkList, list[LeftOut]]:
     """Score and select level by level, coarsest first.
 
@@ -58,6 +63,7 @@ def select_keys(
         own, own_parts: own tokens for the first launch to attend to as well, and where to; few rows only.
         many: whether to score as for many rows, without keeping logits; by default, if there are many.
         recalled: single keys to list as well.
+        ahead: bytes that a later launch reads, for the L2 cache to be asked for.
 
     Returns:
         the list of keys, and each level's left-out clusters, coarsest first; none without `centroid_values`.
@@ -92,6 +98,7 @@ def select_keys(
             None if kept is None else kept[level],
             (sizes if recalled is None else recalled.sizes)[level] if centroid_values else None,
             recalled if finest else None,
+            ahead if finest else None,
         )
         if centroid_values:
             left_out.append(
@@ -194,13 +201,15 @@ def _attend(
         # Stand-ins of few rows need every row's logits.
         rows > dev.FEW_ROWS or voting_rows < rows,
         Recalled(recalled[0], recalled[1], tuple(recalled[2:])) if recalled else None,
+        part(ahead, 0, _ASKED_SELECTING),
     )
     key_scales = channel_scales if keys.dtype == torch.int8 else None
     parts = attend_list(grouped, keys, values, work, scale, config, key_scales)
     # Runs while the list is attended: see `squeezed.ops.triton.stand_in`.
     others = attend_left_out(grouped, left_out, sinks, scale, centroid_scales)
     dtype = torch.float32 if own is None else query.dtype
-    output, lse = join_list(grouped, parts, key_scales, others, own_parts, dtype, kept, tally, ahead)
+    following = part(ahead, _ASKED_SELECTING, _ASKED_JOINING)
+    output, lse = join_list(grouped, parts, key_scales, others, own_parts, dtype, kept, tally, following)
     return output, lse, kept
 
 

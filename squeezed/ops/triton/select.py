@@ -22,6 +22,8 @@ from torch import Tensor
 
 from squeezed.ops.layout import Recalled
 from squeezed.ops.triton import device as dev
+from squeezed.ops.triton.ahead import ask_ahead
+from squeezed.ops.triton.ahead import programs as asking_programs
 from squeezed.ops.triton.score import Scores
 
 _SLOTS = 512  # entries that a program writes at a time; a small chunk's runs are fewer
@@ -114,6 +116,8 @@ def _select(
     slots,
     holders,
     status,
+    ahead,
+    problems,
     level,
     kv_heads,
     rows,
@@ -143,6 +147,10 @@ def _select(
     problem = tl.program_id(1)
     head = problem % kv_heads
     asker = problem if OWN_SIZES else head
+    if ahead is not None:  # noqa: SIM102
+        if problem >= problems:
+            ask_ahead(ahead, (problem - problems) * tl.num_programs(0) + chunk, True)
+            return
     index = chunk * CHUNK_SIZE + tl.arange(0, CHUNK_SIZE)
     offset_base = offsets + head * (clusters + 1)
     if not HAS_IDS:
@@ -279,6 +287,7 @@ def select_clusters(
     kept: Tensor | None = None,
     sizes: Tensor | None = None,
     recalled: Recalled | None = None,
+    ahead: Tensor | None = None,
     *,
     slots: int | None = None,
     warps: int = 4,
@@ -299,6 +308,7 @@ def select_clusters(
             are left out. With few rows the logits do, which become those of what stands in for a cluster's keys: its
             log size is added, and they are -inf for selected clusters. With many, `left_out` does.
         recalled: keys to list as well where their clusters are not selected; of one question for all, if `sizes` are.
+        ahead: bytes that a later launch reads; the L2 cache is asked for them.
     """
     problems, rows, capacity = scores.logits.shape
     kv_heads, clusters = offsets.shape[0], offsets.shape[1] - 1
@@ -316,7 +326,7 @@ def select_clusters(
     left_out = None
     if sizes is not None and normalised:
         left_out = torch.empty(problems, capacity, dtype=torch.float32, device=offsets.device)
-    _select[(chunks, problems)](
+    _select[(chunks, problems + asking_programs(ahead, chunks))](
         scores.logits,
         scores.part_max,
         scores.part_sum,
@@ -332,6 +342,8 @@ def select_clusters(
         recalled.slots if recalled else None,
         recalled.clusters if recalled else None,
         status,
+        ahead,
+        problems,
         level,
         kv_heads,
         rows,
