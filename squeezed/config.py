@@ -38,7 +38,7 @@ class BuildConfig:
         voters: most queries of a long question's block by which clusters are scored, see `squeezed.ops.voting`; None:
             all of them (paper).
         recall: tokens of the fixed context that all tokens of an answer attend to because its question has read them
-            closely, see `squeezed.recall`, at most one in 48; 0 for none (paper).
+            closely, see `squeezed.recall`; at most an eighth of what is kept; 0 for none (paper).
         calibration: whose queries set the thresholds: `questions` asked of the context, or the `window` (paper).
         chunk: tokens per prefill chunk; bounds memory, changes nothing else.
         iterations: most Lloyd iterations of k-means.
@@ -54,7 +54,7 @@ class BuildConfig:
     centroid_bits: int = 8
     key_bits: int = 16
     voters: int | None = 64
-    recall: int = 512
+    recall: int = 256
     calibration: str = "questions"
     chunk: int = 512
     iterations: int = 20

@@ -23,7 +23,7 @@ from squeezed.ops.layout import ClusteredKeys
 from squeezed.prefill import PrefilledLayer, prefill
 from squeezed.preparation import PROBES, Probes, SlidingTail, prepare_layer, question_layer, scale_of
 from squeezed.quality import measure_errors
-from squeezed.recall import Recall, observes
+from squeezed.recall import Recall, observes, tokens_to_recall
 from squeezed.text import Part, locate_parts, read_files
 from squeezed.warm_up import warm_up
 
@@ -323,7 +323,7 @@ class FixedContext:
             given_up: last fixed tokens not to use, see :meth:`inputs`.
             adaptive: on a GPU, attend to everything where selecting would take longer than it saves.
             whole: read everything for a question of ordinary length, see `squeezed.cache.Selection`.
-            recall: tokens to recall, see `BuildConfig.recall`; None: as the context was built.
+            recall: most tokens to recall, see `BuildConfig.recall`; None: as the context was built.
 
         Raises:
             InputError: sparsity outside 0 to 1.
@@ -333,7 +333,8 @@ class FixedContext:
         selection = Selection(
             curves, check_sparsity(sparsity), voters=self.config.voters, adaptive=adaptive, whole=longest
         )
-        most = self.config.recall if recall is None else recall
+        recalled = self.config.recall if recall is None else recall
+        most = tokens_to_recall(recalled, self.squeezed_layers[0].clustered, sparsity) if self.squeezed_layers else 0
         shared = Recall(most) if most and not selection.is_dense else None
         squeezed = [i for i, layer in enumerate(self.layers) if isinstance(layer, ClusteredKeys)]
         observing = {i for number, i in enumerate(squeezed) if observes(number, len(squeezed))}

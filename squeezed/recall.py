@@ -20,7 +20,7 @@ QUERIES = 64  # last tokens of a question that count
 _HALF_LIFE = 24  # tokens behind a weight after which it counts for half: a line of text, or a long identifier
 _REACH = 64  # most tokens behind it
 _BEFORE = 4  # tokens before it that it brings along, each counting for less
-_SHARE = 48  # recalled are at most one in so many of the clustered keys
+_PART = 8  # recalled are at most one in so many of the keys that are kept
 _PIECE = 2**26  # logits held at once
 
 
@@ -28,7 +28,7 @@ class Recall:
     """The passages that each question of a batch has read closely, gathered as the question goes through the layers.
 
     Args:
-        most: tokens to recall.
+        most: tokens to recall, no more than are clustered.
     """
 
     def __init__(self, most: int) -> None:
@@ -52,13 +52,8 @@ class Recall:
         if self._places is None:
             clustered = self._weights >= 0
             nearby = passages(self._weights.clamp(min=0)).where(clustered, float("-inf"))
-            count = self.count(int(clustered[0].sum()))
-            self._places = nearby.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+            self._places = nearby.sort(dim=-1, descending=True, stable=True).indices[:, : self.most]
         return self._places
-
-    def count(self, clustered: int) -> int:
-        """Tokens to recall of that many clustered ones."""
-        return min(self.most, clustered // _SHARE)
 
     def within(self, index: ClusteredKeys) -> Recalled | None:
         """The same as places in a layer's clusters."""
@@ -72,6 +67,14 @@ class Recall:
         inverse.scatter_(1, index.positions.long(), slots)
         found = inverse.unsqueeze(0).expand(batch, -1, -1)
         return recalled_at(found.gather(2, self.places.unsqueeze(1).expand(-1, kv_heads, -1)), index.levels)
+
+
+def tokens_to_recall(most: int, clustered: int, sparsity: float) -> int:
+    """How many of that many clustered tokens to recall: up to `most`, and few beside what is selected.
+
+    They are read whatever else is: more of them would leave a small budget nothing to select with.
+    """
+    return min(most, int((1 - sparsity) * clustered) // _PART)
 
 
 def passages(weights: Tensor) -> Tensor:

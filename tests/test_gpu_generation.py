@@ -250,8 +250,8 @@ def test_an_adaptive_layer_follows_the_cost_model() -> None:
     from squeezed.calibration import ThresholdCurves
 
     curves = ThresholdCurves.keep_everything(1)
-    for tokens, expected in ((1500, True), (200_000, False)):
+    for tokens, queries, expected in ((1500, 8, True), (1500, 1, False), (200_000, 1, False)):
         index = planted_context(Planted(tokens, 8, 2, 128), "cuda")
-        query = torch.randn(1, 8, 1, 128, device="cuda", dtype=torch.bfloat16)
+        query = torch.randn(1, 8, queries, 128, device="cuda", dtype=torch.bfloat16)
         assert takes_everything(query, FixedLayer(index, Selection(curves, 0.9, adaptive=True), tokens)) is expected
         assert not takes_everything(query, FixedLayer(index, Selection(curves, 0.9), tokens))

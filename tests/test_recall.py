@@ -19,7 +19,7 @@ from squeezed.decode.loop import Steps
 from squeezed.errors import InputError
 from squeezed.ops import reference
 from squeezed.ops.layout import recalled_at
-from squeezed.recall import Recall, clustered_weights, observes, passages, peak_weights
+from squeezed.recall import Recall, clustered_weights, observes, passages, peak_weights, tokens_to_recall
 from tests import tiny
 from tests.ops.cases import Case, make_layer, make_query
 
@@ -63,11 +63,9 @@ def test_peak_weights_of_eight_bits_are_those_of_what_they_stand_for() -> None:
 def test_a_strong_weight_brings_what_follows_it_and_a_little_before() -> None:
     weights = torch.zeros(1, 400)
     weights[0, 100], weights[0, 300] = 1.0, 0.3
-    recall = Recall(60)
+    recall = Recall(8)
     recall.observe(weights)
-    places = sorted(recall.places[0].tolist())  # 400 tokens: 8 are recalled
-    assert len(places) == 8
-    assert places == list(range(100, 108))
+    assert sorted(recall.places[0].tolist()) == list(range(100, 108))
     nearby = passages(weights)[0]
     assert nearby[100:160].diff().le(0).all()
     assert nearby[90] == 0
@@ -78,11 +76,16 @@ def test_a_strong_weight_brings_what_follows_it_and_a_little_before() -> None:
 def test_ties_and_keys_that_are_always_attended() -> None:
     weights = torch.full((2, 960), float("-inf"))
     weights[:, 4:900] = 0.0
-    recall = Recall(512)
+    recall = Recall(18)
     recall.observe(weights)
-    assert recall.places.shape == (2, 896 // 48)
     assert recall.places.tolist() == [list(range(4, 4 + 18))] * 2
-    assert Recall(5).count(10_000) == 5
+
+
+def test_few_are_recalled_beside_what_is_selected() -> None:
+    assert tokens_to_recall(256, 28_000, 0.9) == 256
+    assert tokens_to_recall(256, 28_000, 0.97) == 105
+    assert tokens_to_recall(256, 4_000, 0.97) == 15
+    assert tokens_to_recall(256, 4_000, 1.0) == 0
 
 
 def test_a_new_question_forgets_the_one_before() -> None:
@@ -142,7 +145,7 @@ def test_a_question_that_is_read_whole_is_remembered_and_its_padding_is_not() ->
     query, layer = make_query(case), make_layer(case)
     curves = ThresholdCurves.keep_everything(1)
     fixed, alone = (
-        FixedLayer(layer, Selection(curves, 0.5, whole=None), layer.tokens, recall=Recall(40), observes=True)
+        FixedLayer(layer, Selection(curves, 0.5, whole=None), layer.tokens, recall=Recall(33), observes=True)
         for _ in range(2)
     )
     attend_fixed(query, fixed, [slice(2, 6), slice(0, 6)], 0.1)
@@ -151,7 +154,7 @@ def test_a_question_that_is_read_whole_is_remembered_and_its_padding_is_not() ->
     _, lse = reference.attend_selected(
         query[1:], layer.keys, layer.values, layer.levels[0].offsets, None, (0, layer.tokens), 0.1
     )
-    recall = Recall(40)
+    recall = Recall(33)
     recall.observe(clustered_weights(query[1:], lse, layer, layer.tokens, 0.1))
     assert torch.equal(fixed.recall.places[1:], recall.places)
     # A generated token attends to them whatever it selects; so does each of two answers to a question.
@@ -162,14 +165,11 @@ def test_a_question_that_is_read_whole_is_remembered_and_its_padding_is_not() ->
     assert hard.recalled(4).slots.shape[0] == 4
 
 
-def _recalled_text(context: FixedContext, cache: object) -> set[int]:
-    return set(cache.fixed_layers[0].recall.places[0].tolist())
-
-
 @pytest.mark.parametrize("levels", [1, 2])
-def test_sparsity_one_still_attends_to_what_the_question_has_read(levels: int) -> None:
+def test_tokens_that_select_nothing_still_attend_to_what_the_question_has_read(levels: int) -> None:
     lm, tokenizer, context = build(recall=10, levels=levels)
-    inputs = context.inputs(tokenizer, [QUESTION], sparsity=1.0)
+    context = replace(context, curves=replace(context.curves, log_thresholds=context.curves.log_thresholds + 1000))
+    inputs = context.inputs(tokenizer, [QUESTION], sparsity=0.5)
     with torch.inference_mode(), attached(lm):
         lm.generate(**inputs, max_new_tokens=4, do_sample=False)
     cache = inputs["past_key_values"]
@@ -179,8 +179,9 @@ def test_sparsity_one_still_attends_to_what_the_question_has_read(levels: int) -
         for read in layer.reads:
             if read.decode:
                 assert read.kept[0].tolist() == [[recalled] * layer.index.keys.shape[0]]
-    none = context.cache(1.0, recall=0)
-    assert none.fixed_layers[0].recall is None
+    assert context.cache(0.5, recall=0).fixed_layers[0].recall is None
+    assert context.cache(1.0).fixed_layers[0].recall is None
+    assert context.cache(0.0).fixed_layers[0].recall is None
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3-sliding"])

@@ -79,7 +79,7 @@ class DecodeStep:
     def _nothing_recalled(self, layer: FixedLayer) -> Recalled:
         assert layer.recall is not None
         index = layer.index
-        shape = (self.batch, index.keys.shape[0], layer.recall.count(index.clustered))
+        shape = (self.batch, index.keys.shape[0], layer.recall.most)
         return recalled_at(torch.full(shape, -1, device=index.keys.device), index.levels)
 
     def serves(self, cache: SqueezedCache, batch: int, needed: int, sampling: Sampling) -> bool:

@@ -141,6 +141,7 @@ def _share(
         for process in started:
             process.join(timeout=30)
     finally:
+        jobs.cancel_join_thread()  # nobody may be left to take them
         for process in started:
             if process.is_alive():
                 process.terminate()

@@ -67,9 +67,9 @@ def expected_budget(context: FixedContext, sparsity: float, recalls: bool) -> fl
     levels = len(index.levels)
     kept = torch.zeros(levels, 1, index.keys.shape[0])
     kept[0] = (1 - sparsity) * index.clustered
-    recall = context.cache(0.5).fixed_layers[0].recall
+    recall = context.cache(sparsity).fixed_layers[0].recall
     if recalls and recall is not None:
-        kept[0] += sparsity * recall.count(index.clustered)
+        kept[0] += sparsity * recall.most
     for level in range(1, levels):
         survivors = 1 - coarse_sparsity(sparsity, level, levels)
         kept[level] = survivors * (index.levels[level - 1].sizes > 0).sum(1)
