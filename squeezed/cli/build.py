@@ -22,6 +22,9 @@ def build(
     clusters: Annotated[float | None, typer.Option(help="Clusters as a share of the keys.")] = None,
     levels: Annotated[int | None, typer.Option(help="Cluster levels, 1 to 3.")] = None,
     window: Annotated[int | None, typer.Option(help="Last tokens that are always attended.")] = None,
+    recall: Annotated[
+        int | None, typer.Option(help="Most tokens that an answer attends to because its question read them closely.")
+    ] = None,
     chunk: Annotated[int | None, typer.Option(help="Tokens per prefill chunk; less needs less memory.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the plain text instead of chatting about it.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing context.")] = False,
@@ -36,7 +39,7 @@ def build(
     from squeezed.streaming import build_into, unfinished_layers
     from squeezed.text import read_files
 
-    given: dict[str, Any] = {"clusters": clusters, "levels": levels, "window": window, "chunk": chunk}
+    given: dict[str, Any] = {"clusters": clusters, "levels": levels, "window": window, "recall": recall, "chunk": chunk}
     config = replace(find_preset(preset), **{name: value for name, value in given.items() if value is not None})
     text, parts = read_files(files)
     artifact.check_target(output.absolute(), force)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,3 +102,30 @@ def test_workers_share_a_run_and_find_the_same(squeeze: tiny.Run, model_folder: 
     status, _, err = squeeze(*words[:4], "--data", "absent.txt", "-o", "other", "--workers", 2)
     assert status == 2
     assert "absent.txt does not exist" in err
+
+
+FAILING = """
+import sys
+from pathlib import Path
+from squeezed.evaluation import harness
+from squeezed.evaluation.jobs import Passage
+from squeezed.evaluation.settings import RunConfig
+
+def load(number):
+    raise RuntimeError("no room for the model")
+
+if __name__ == "__main__":
+    # More than a pipe holds, so that what nobody takes can't just lie there.
+    jobs = [Passage(512, str(i), "x" * 10**6, "y") for i in range(8)]
+    harness.make_jobs = lambda config, tokenizer: iter(jobs)
+    config = RunConfig("perplexity", sys.argv[1], "float32", ("streaming",), (0.4,), (512,), data="text.txt")
+    harness.run(config, Path("run"), load, workers=1 + 1)
+"""
+
+
+def test_a_run_whose_workers_fail_ends_and_says_why(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(FAILING)
+    words = [sys.executable, "script.py", str(model_folder)]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 1
+    assert "no room for the model" in done.stderr

@@ -178,18 +178,25 @@ def _attend_gathered(
         if counts[row] == 0:
             continue
         head = row % keys.shape[0]
-        index = torch.from_numpy(attend.run_positions(starts[row], ends[row], counts[row]))
-        transposed_keys = keys[head].index_select(0, index).float().t()
-        kept_values = values[head].index_select(0, index).float()
-        step = max(1, _LOGITS // index.numel())
+        if counts[row] == 1:  # everything, as a rule: nothing to gather
+            index: slice | Tensor = slice(int(starts[row, 0]), int(ends[row, 0]))
+        else:
+            index = torch.from_numpy(attend.run_positions(starts[row], ends[row], counts[row]))
+        transposed_keys = _rows(keys[head], index).float().t()
+        kept_values = _rows(values[head], index).float()
+        step = max(1, _LOGITS // kept_values.shape[0])
         for first in range(0, grouped.shape[1], step):
             block = slice(first, first + step)
             logits = (grouped[row, block] * scale) @ transposed_keys
             if bias is not None:
-                logits += bias[row % bias.shape[0]].index_select(0, index)
+                logits += _rows(bias[row % bias.shape[0]], index)
             lse[row, block] = logits.logsumexp(-1)
             output[row, block] = logits.sub_(lse[row, block].unsqueeze(-1)).exp_() @ kept_values
     return output, lse
+
+
+def _rows(tensor: Tensor, index: slice | Tensor) -> Tensor:
+    return tensor[index] if isinstance(index, slice) else tensor.index_select(0, index)
 
 
 def _raw(tensor: Tensor) -> np.ndarray:

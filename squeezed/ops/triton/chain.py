@@ -24,7 +24,7 @@ from squeezed.ops.triton.stand_in import LeftOut, attend_left_out
 from squeezed.ops.voting import voters, voting
 
 # Bytes of the next launch's weights: as many as memory has time for beside selecting and joining.
-_ASKED_SELECTING, _ASKED_JOINING = 8 * 2**20, 8 * 2**20
+_ASKED_SELECTING, _ASKED_JOINING = 6 * 2**20, 6 * 2**20
 
 
 def select_keys(
