@@ -21,7 +21,7 @@ _HALF_LIFE = 24  # tokens behind a weight after which it counts for half: a line
 _REACH = 64  # most tokens behind it
 _BEFORE = 4  # tokens before it that it brings along, each counting for less
 _PART = 8  # recalled are at most one in so many of the keys that are kept
-_PIECE = 2**26  # logits held at once
+_LOGITS = {"cpu": 2**22, "cuda": 2**26}  # held at once
 
 
 class Recall:
@@ -122,7 +122,7 @@ def clustered_weights(query: Tensor, lse: Tensor, index: ClusteredKeys, tokens: 
 def peak_weights(query: Tensor, keys: Tensor, lse: Tensor, scale: float, scales: ChannelScales | None = None) -> Tensor:
     """`ops.peak_weights` of a question's last tokens, piece by piece: [B, Hk, N]."""
     query, lse = query[:, :, -QUERIES:], lse[:, :, -QUERIES:]
-    step = max(1, _PIECE // (query.shape[0] * query.shape[1] * query.shape[2]))
+    step = max(1, _LOGITS.get(query.device.type, 2**22) // query[..., 0].numel())
     pieces = [ops.peak_weights(query, piece, lse, scale, scales) for piece in keys.split(step, dim=1)]
     return torch.cat(pieces, dim=2)
 
