@@ -21,14 +21,14 @@ from squeezed.clustering import triton as clustering
 from squeezed.clustering.steps import Buckets, Centres
 from squeezed.decode import linear_triton, own, own_triton, qkv_triton
 from squeezed.ops.triton import OwnKeys, Tally, attend_fixed, attend_with_own, device, merge_attention
-from tests.ops.cases import Case, make_layer, make_query
+from tests.ops.cases import Case, make_layer, make_query, make_recalled
 
 compiled = set()
 
 def kind(value):
     if isinstance(value, torch.Tensor):
         names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "i8"}
-        return "*" + {**names, torch.int32: "i32", torch.int64: "i64"}[value.dtype]
+        return "*" + {**names, torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}[value.dtype]
     return "fp32" if isinstance(value, float) else "i32"
 
 def run(self, *args, grid, warmup, **options):
@@ -61,7 +61,11 @@ for case in (
         held = torch.zeros(1, case.kv_heads, 70, case.head_dim, dtype=half)
         lengths, running = torch.zeros(1, dtype=torch.int32), torch.ones(1, dtype=torch.int64)
         tally = Tally(torch.zeros(case.levels, 1, dtype=torch.int64), running)
-        attend_with_own(query, layer, thresholds, layer.tokens, 0.1, OwnKeys(held, held, lengths), tally)
+        held_by = OwnKeys(held, held, lengths)
+        attend_with_own(query, layer, thresholds, layer.tokens, 0.1, held_by, tally)
+        recalled, ahead = make_recalled(case, layer), torch.zeros(2**24, dtype=half)
+        attend_with_own(query, layer, thresholds, layer.tokens, 0.1, held_by, tally, recalled, ahead)
+        attend_fixed(query, layer, thresholds, layer.tokens, 0.1, None, recalled)
 x, rows = torch.zeros(128, dtype=half), lambda count: torch.zeros(count, 128, dtype=half)
 norm, mine = linear_triton.Norm(x, 1e-5), own.OwnTokens(held, held, lengths)
 weights = [rows(256), rows(128), rows(128)]
