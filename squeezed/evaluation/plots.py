@@ -126,12 +126,18 @@ def _style(spec: str) -> dict[str, Any]:
     return {**_STYLES.get(spec.partition(":")[0], spare), "markerfacecolor": "white"}
 
 
+def _between(low: float, high: float) -> float:
+    """A number to label an axis with that has no round one."""
+    return float(f"{(low * high) ** 0.5:.2g}")
+
+
 def _budget_ticks(axis: Any, budgets: Sequence[float]) -> None:
     """Log axis: what differs is at the small budgets, and most readers look there."""
     low, high = min(budgets, default=0.05), max(budgets, default=1.0)
-    ticks = [
-        tick for tick in (0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0) if low / 1.2 <= tick <= high * 1.2
-    ]
+    round_ones = (0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0)
+    ticks = [tick for tick in round_ones if low / 1.15 <= tick <= high * 1.1]
+    if len(ticks) < 2:  # methods under one budget
+        ticks = [_between(low, high)]
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xlim(low / 1.15, high * 1.1)
@@ -211,7 +217,8 @@ def by_task(metrics: Metrics) -> Figure:
     for axis in axes.flat:
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.xaxis.set_minor_locator(NullLocator())
-        axis.set_xticks([0.05, 0.1, 0.2, 0.4])
+        low, high = axis.get_xlim()
+        axis.set_xticks([0.05, 0.1, 0.2, 0.4] if high > 2 * low else [_between(low, high)])
     for axis in list(axes.flat)[len(tasks) :]:
         axis.remove()
     drawn.suptitle(
