@@ -18,7 +18,7 @@ from squeezed.decode import own
 from squeezed.masks import NAME
 from squeezed.models import attention_modules, plan_layers
 from squeezed.ops import dense, voting
-from squeezed.ops.layout import ClusteredKeys
+from squeezed.ops.layout import ClusteredKeys, Recalled
 from squeezed.recall import clustered_weights
 
 _OWN_LOGITS = 2**25  # logits over own tokens held at once: 128 MB
@@ -84,7 +84,9 @@ def attend_fixed(query: Tensor, layer: FixedLayer, real: list[slice] | None, sca
         if real is not None:
             counting = lse.clone()
             for row, span in enumerate(real):
-                counting[row, :, : span.start] = float("inf")  # padding
+                # Padding; and a question of a single token, which is not read whole.
+                start = span.start if span.stop - span.start > 1 else span.stop
+                counting[row, :, :start] = float("inf")
         layer.recall.observe(clustered_weights(query, counting, layer.index, layer.window_end, scale))
     return output, lse
 
@@ -95,7 +97,9 @@ def _attend_all(query: Tensor, layer: FixedLayer, real: list[slice] | None, scal
     whole = selection.reads_whole(queries, index)
     if dense.serves(query, index.keys) and (whole or takes_everything(query, layer)):
         return _attend_block(query, layer, slice(None), decode, scale, whole=True)
-    if queries == 1 or (query.shape[0] == 1 and selection.block_of(queries, index) == queries):
+    if queries == 1:
+        return _attend_block(query, layer, slice(None), decode, scale, whole, layer.recalled(query.shape[0]))
+    if query.shape[0] == 1 and selection.block_of(queries, index) == queries:
         return _attend_block(query, layer, slice(None), decode, scale, whole)
     output, lse = torch.empty_like(query, dtype=torch.float32), query.new_empty(query.shape[:3], dtype=torch.float32)
     for row in range(query.shape[0]):
@@ -132,23 +136,28 @@ def _calls(span: slice, block: int, at_once: int) -> list[slice]:
 
 
 def _attend_block(
-    query: Tensor, layer: FixedLayer, rows: slice, decode: bool, scale: float, whole: bool = False
+    query: Tensor,
+    layer: FixedLayer,
+    rows: slice,
+    decode: bool,
+    scale: float,
+    whole: bool = False,
+    recalled: Recalled | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One selection for all M queries; `rows` (questions of the batch) and `decode` are for the record."""
-    output, lse, kept = _attend_once(query, layer, scale, whole)
+    output, lse, kept = _attend_once(query, layer, scale, whole, recalled)
     layer.reads.append(Read(rows, decode, kept, query.shape[0]))
     return output, lse
 
 
 def _attend_once(
-    query: Tensor, layer: FixedLayer, scale: float, whole: bool = False
+    query: Tensor, layer: FixedLayer, scale: float, whole: bool = False, recalled: Recalled | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Output, lse and what was kept, None if everything was attended without looking at centroids; `whole` asks so."""
     index, end = layer.index, layer.window_end
     if dense.serves(query, index.keys) and (whole or takes_everything(query, layer)):
         return *dense.attend_dense(query, index.keys, index.values, end, scale), None
     thresholds = None if whole else layer.selection.thresholds(query)
-    recalled = layer.recalled(query.shape[0]) if query.shape[2] == 1 else None
     output, lse, kept = ops.attend_fixed(query, index, thresholds, end, scale, layer.selection.voters, recalled)
     return output, lse, None if thresholds is None else kept
 
@@ -208,7 +217,7 @@ def attend_step(
     query, parts = own.attend_own(query, layer.own, scale, rope)
     if isinstance(layer, FixedSlidingLayer):
         return own.join(parts, None, None, layer.own, query)
-    output, lse, kept = _attend_once(query, layer, scale)
+    output, lse, kept = _attend_once(query, layer, scale, recalled=layer.recalled(query.shape[0]))
     return own.join(parts, (output, lse), kept, layer.own, query)
 
 

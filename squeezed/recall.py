@@ -38,7 +38,7 @@ class Recall:
         self.passes = 0  # questions that have gone through
 
     def observe(self, weights: Tensor) -> None:
-        """Add a layer's weights [B, tokens] float32, by place in the text; -inf where keys are always attended."""
+        """Add a layer's weights [B, tokens] float32, by place in the text; -inf for keys not to be recalled."""
         if self._places is not None or self._weights is None:
             self._weights, self._places = torch.zeros_like(weights), None
             self.passes += 1
@@ -46,13 +46,17 @@ class Recall:
 
     @property
     def places(self) -> Tensor | None:
-        """Places in the text of what the latest question recalls, [B, R] int64; None before there was one."""
+        """Places in the text of what the latest question recalls, [B, R] int64; None before there was one.
+
+        -1 where there is nothing to recall.
+        """
         if self._weights is None:
             return None
         if self._places is None:
             clustered = self._weights >= 0
             nearby = passages(self._weights.clamp(min=0)).where(clustered, float("-inf"))
-            self._places = nearby.sort(dim=-1, descending=True, stable=True).indices[:, : self.most]
+            strongest, places = nearby.sort(dim=-1, descending=True, stable=True)
+            self._places = places.where(strongest > float("-inf"), -1)[:, : self.most]
         return self._places
 
     def within(self, index: ClusteredKeys) -> Recalled | None:
@@ -65,8 +69,9 @@ class Recall:
         # Where each place in the text lies among the layer's clustered keys.
         inverse = slots.new_full((kv_heads, self._weights.shape[1]), -1)
         inverse.scatter_(1, index.positions.long(), slots)
-        found = inverse.unsqueeze(0).expand(batch, -1, -1)
-        return recalled_at(found.gather(2, self.places.unsqueeze(1).expand(-1, kv_heads, -1)), index.levels)
+        wanted = self.places.unsqueeze(1).expand(-1, kv_heads, -1)
+        found = inverse.unsqueeze(0).expand(batch, -1, -1).gather(2, wanted.clamp(min=0))
+        return recalled_at(found.where(wanted >= 0, -1), index.levels)
 
 
 def tokens_to_recall(most: int, clustered: int, sparsity: float) -> int:
@@ -103,7 +108,7 @@ def clustered_weights(query: Tensor, lse: Tensor, index: ClusteredKeys, tokens: 
 
     Args:
         query: [B, Hq, M, D]; its last `QUERIES` count.
-        lse: [B, Hq, M] of their attention to the fixed context; +inf for padding.
+        lse: [B, Hq, M] of their attention to the fixed context; +inf for those that don't count.
         tokens: of the fixed context.
         scale: softmax scale.
 
@@ -116,7 +121,8 @@ def clustered_weights(query: Tensor, lse: Tensor, index: ClusteredKeys, tokens: 
     weights[:, index.positions[0].long()] = 0.0
     for head, positions in enumerate(index.positions.long()):
         weights[:, positions] += peaks[:, head]
-    return weights
+    counts = (lse < float("inf")).any(-1).any(-1)
+    return weights.where(counts.unsqueeze(-1), float("-inf"))
 
 
 def peak_weights(query: Tensor, keys: Tensor, lse: Tensor, scale: float, scales: ChannelScales | None = None) -> Tensor:

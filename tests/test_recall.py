@@ -81,6 +81,20 @@ def test_ties_and_keys_that_are_always_attended() -> None:
     assert recall.places.tolist() == [list(range(4, 4 + 18))] * 2
 
 
+def test_a_question_of_which_nothing_counts_recalls_nothing() -> None:
+    """A single token selects for itself, in a batch as alone."""
+    case = Case(batch=2, q_heads=4, queries=6, clusters=120)
+    query, layer = make_query(case), make_layer(case)
+    selection = Selection(ThresholdCurves.keep_everything(1), 0.5, whole=None)
+    fixed = FixedLayer(layer, selection, layer.tokens, recall=Recall(7), observes=True)
+    attend_fixed(query, fixed, [slice(5, 6), slice(0, 6)], 0.1)
+    assert (fixed.recall.places[0] == -1).all()
+    assert (fixed.recall.places[1] >= 0).all()
+    found = fixed.recalled(2)
+    assert (found.slots[0] == -1).all()
+    assert torch.equal(found.sizes[0][0], layer.levels[0].sizes)
+
+
 def test_few_are_recalled_beside_what_is_selected() -> None:
     assert tokens_to_recall(256, 28_000, 0.9) == 256
     assert tokens_to_recall(256, 28_000, 0.97) == 105
