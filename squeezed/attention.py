@@ -92,6 +92,7 @@ def attend_fixed(query: Tensor, layer: FixedLayer, real: list[slice] | None, sca
 
 
 def _attend_all(query: Tensor, layer: FixedLayer, real: list[slice] | None, scale: float) -> tuple[Tensor, Tensor]:
+    """`attend_fixed` without what is remembered of it."""
     queries, selection, index = query.shape[2], layer.selection, layer.index
     decode = queries == 1 and layer.own_length > 1
     whole = selection.reads_whole(queries, index)
@@ -206,7 +207,7 @@ def attend_step(
             three are rotated and in place already.
         scale: softmax scale.
         rope: None if query and key are rotated already.
-        ahead: weights that are read next; a GPU may bring them into its cache while it joins what was attended.
+        ahead: weights that are read next; a GPU may bring the first into its cache while it selects and joins.
 
     Returns:
         [B, Hq * D]

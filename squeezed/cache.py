@@ -180,10 +180,7 @@ class FixedLayer(DynamicLayer):
             return found
         # Questions are answered several times each.
         repeats = batch // found.slots.shape[0]
-        slots, clusters, *sizes = (
-            part.repeat_interleave(repeats, dim=0) for part in (found.slots, found.clusters, *found.sizes)
-        )
-        return Recalled(slots, clusters, tuple(sizes))
+        return Recalled.from_tensors(part.repeat_interleave(repeats, dim=0) for part in found.tensors)
 
     def usage(self, decode: bool | None = None) -> Usage:
         """Sum of what generated tokens have read, or a question's own, or both."""

@@ -109,7 +109,7 @@ class DecodeStep:
             if own.recalled is not None:
                 assert isinstance(layer, FixedLayer)
                 found = layer.recalled(self.batch) or self._nothing_recalled(layer)
-                for buffer, part in zip(_flat(own.recalled), _flat(found), strict=True):
+                for buffer, part in zip(own.recalled.tensors, found.tensors, strict=True):
                     buffer.copy_(part)
             layer.own = own
         self._lengths.copy_(torch.tensor(counters, dtype=torch.int32))
@@ -236,10 +236,6 @@ def _alike(ours: FixedLayer | FixedSlidingLayer, theirs: FixedLayer | FixedSlidi
             and (a.sparsity, a.adaptive) == (b.sparsity, b.adaptive)
         )
     return type(ours) is type(theirs) and ours.sliding_window == theirs.sliding_window
-
-
-def _flat(recalled: Recalled) -> list[Tensor]:
-    return [recalled.slots, recalled.clusters, *recalled.sizes]
 
 
 def _real_rows(states: Tensor, padding: list[int], length: int) -> list[Tensor]:

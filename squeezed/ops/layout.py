@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -81,6 +82,16 @@ class Recalled(NamedTuple):
     slots: Tensor
     clusters: Tensor
     sizes: tuple[Tensor, ...]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of it as a flat list, which `from_tensors` undoes."""
+        return [self.slots, self.clusters, *self.sizes]
+
+    @classmethod
+    def from_tensors(cls, tensors: Iterable[Tensor]) -> Recalled:
+        slots, clusters, *sizes = tensors
+        return cls(slots, clusters, tuple(sizes))
 
 
 def recalled_at(places: Tensor, levels: tuple[ClusterLevel, ...]) -> Recalled:

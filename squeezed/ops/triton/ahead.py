@@ -31,7 +31,7 @@ def part(wanted: Tensor | None, first: int, size: int) -> Tensor | None:
     return found if found.numel() >= SHARE else None
 
 
-def programs(asked: Tensor | None, together: int) -> int:
+def asking_programs(asked: Tensor | None, together: int) -> int:
     """How many times `together` programs ask for it."""
     return 0 if asked is None else asked.numel() // SHARE // together
 

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from squeezed.ops.layout import ChannelScales
 from squeezed.ops.triton import device as dev
-from squeezed.ops.triton.ahead import ask_ahead
-from squeezed.ops.triton.ahead import programs as asking_programs
+from squeezed.ops.triton.ahead import ask_ahead, asking_programs
 from squeezed.ops.triton.eight_bit import scaled_query
 from squeezed.ops.triton.join import (
     Parts,

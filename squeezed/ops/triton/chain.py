@@ -200,7 +200,7 @@ def _attend(
         own_parts,
         # Stand-ins of few rows need every row's logits.
         rows > dev.FEW_ROWS or voting_rows < rows,
-        Recalled(recalled[0], recalled[1], tuple(recalled[2:])) if recalled else None,
+        Recalled.from_tensors(recalled) if recalled else None,
         part(ahead, 0, _ASKED_SELECTING),
     )
     key_scales = channel_scales if keys.dtype == torch.int8 else None
@@ -321,5 +321,5 @@ def _arguments(
         [level.values for level in layer.levels if level.values is not None],
         list(layer.sinks or ()),
         most_voters,
-        [] if recalled is None else [recalled.slots, recalled.clusters, *recalled.sizes],
+        [] if recalled is None else recalled.tensors,
     )

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from squeezed.ops.layout import Recalled
 from squeezed.ops.triton import device as dev
-from squeezed.ops.triton.ahead import ask_ahead
-from squeezed.ops.triton.ahead import programs as asking_programs
+from squeezed.ops.triton.ahead import ask_ahead, asking_programs
 from squeezed.ops.triton.score import Scores
 
 _SLOTS = 512  # entries that a program writes at a time; a small chunk's runs are fewer
