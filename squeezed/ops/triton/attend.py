@@ -30,15 +30,16 @@ from squeezed.ops.triton.join import (
     join_rows,
     merge_rows,
     part_rows,
+    share_of,
     store_result,
-    tiles_of,
 )
 from squeezed.ops.triton.own import Tally
 from squeezed.ops.triton.select import WorkList
 from squeezed.ops.triton.stream import stream, stream_packed_row
 
 LOG2E = 1.4426950408889634
-_JOINED_AT_ONCE = 8192  # numbers of parts that a program holds
+_HELD = 64  # numbers of the joined parts that a thread holds
+_JOINED_DIMS = 32  # of a row that a program joins, where rows are few
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ def _attend(
     list_size,
     groups,
     WIDTH: tl.constexpr,
+    PIECE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -128,22 +130,24 @@ def _attend(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     count = tl.load(counts + problem_place, mask=problem_index < problems, other=0)
-    tiles = (count * WIDTH + (BLOCK_N - 1)) // BLOCK_N
-    ends = tl.cumsum(tiles, axis=0)
-    total = tl.sum(tiles, axis=0)
-    tile = tiles_of(group, groups, total)
-    stop = tiles_of(group + 1, groups, total)
+    pieces = (count + (PIECE - 1)) // PIECE
+    ends = tl.cumsum(pieces, axis=0)
+    total = tl.sum(pieces, axis=0)
+    piece = share_of(group, groups, total)
+    stop = share_of(group + 1, groups, total)
 
     dim = tl.arange(0, HEAD_DIM)
     row = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
-    while tile < stop:
-        order = tl.sum((ends <= tile).to(tl.int32), axis=0)
+    while piece < stop:
+        order = tl.sum((ends <= piece).to(tl.int32), axis=0)
         is_problem = problem_index == order
         problem = (order % batch) * kv_heads + order // batch
         head_stop = tl.sum(tl.where(is_problem, ends, 0), axis=0)
-        head_start = head_stop - tl.sum(tl.where(is_problem, tiles, 0), axis=0)
+        head_start = head_stop - tl.sum(tl.where(is_problem, pieces, 0), axis=0)
         head_count = tl.sum(tl.where(is_problem, count, 0), axis=0)
         part_stop = tl.minimum(stop, head_stop)
+        first = (piece - head_start) * PIECE
+        end = tl.minimum((part_stop - head_start) * PIECE, head_count)
         head = (order // batch).to(tl.int64)
         key_base = keys + head * tokens * (HEAD_DIM // PACKED)
         value_base = values + head * tokens * (HEAD_DIM // PACKED)
@@ -151,7 +155,7 @@ def _attend(
         if BLOCK_R == 1:
             acc, top, weight, shift = stream_packed_row(
                 query + problem.to(tl.int64) * HEAD_DIM, key_scale + head * HEAD_DIM, key_centre + head * HEAD_DIM,
-                key_base, value_base, list_base, tile - head_start, part_stop - head_start, head_count, scale_log2,
+                key_base, value_base, list_base, first, end, scale_log2,
                 WIDTH, HEAD_DIM, BLOCK_N, STAGES, FAST,
             )  # fmt: skip
         else:
@@ -162,17 +166,17 @@ def _attend(
             )
             q, logit_scale, shift = scaled_query(q, key_scale, key_centre, head, scale_log2, HEAD_DIM)
             acc, top, weight = stream(
-                q, key_base, value_base, list_base, tile - head_start, part_stop - head_start, head_count, logit_scale,
+                q, key_base, value_base, list_base, first, end, logit_scale,
                 WIDTH, HEAD_DIM, BLOCK_R, BLOCK_N, STAGES, PRECISION, PACKED, FAST,
             )  # fmt: skip
         acc = acc / weight[:, None]
-        # Along the row of tiles group and order only grow, and one of them grows from part to part: the sum is a slot
+        # Along the row of pieces group and order only grow, and one of them grows from part to part: the sum is a slot
         # of its own for every part.
         place = (group + order).to(tl.int64) * part_rows + row
         needed = row < part_rows
         tl.store(part_out + place[:, None] * HEAD_DIM + dim[None, :], acc, mask=needed[:, None])
         tl.store(part_lse + place, top + tl.log2(weight) + shift, mask=needed)
-        tile = part_stop
+        piece = part_stop
 
 
 @triton.jit
@@ -199,9 +203,9 @@ def _join_parts(
     rows,
     part_rows,
     groups,
-    WIDTH: tl.constexpr,
+    PIECE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    DIMS: tl.constexpr,
     BLOCK_PROBLEMS: tl.constexpr,
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
@@ -209,7 +213,7 @@ def _join_parts(
     LEVELS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """ROWS rows of a head: join what each group left, and the parts that others made of it.
+    """ROWS rows of a head, DIMS of their dimensions: join what each group left, and the parts that others made of it.
 
     Output 0 and log-sum-exp -inf where nothing is attended. What was kept on LEVELS levels is added to `tally`.
     Programs after those of the heads ask for the next launch's weights: there is room as soon as one that attends ends.
@@ -219,17 +223,29 @@ def _join_parts(
         if problem >= problems:
             ask_ahead(ahead, (problem - problems) * tl.num_programs(0) + tl.program_id(0), False)
             return
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_start = tl.program_id(0) // (HEAD_DIM // DIMS) * ROWS
+    dim_start = tl.program_id(0) % (HEAD_DIM // DIMS) * DIMS
+    row = row_start + tl.arange(0, ROWS)
     problem_index = tl.arange(0, BLOCK_PROBLEMS)
     batch = problems // kv_heads
     order = (problem % kv_heads) * batch + problem // kv_heads
     problem_place = (problem_index % batch) * kv_heads + problem_index // batch
-    # Complete before attention to the list started; read behind the L1 cache, as nothing was waited for yet.
+    # Counts and what was kept are complete before attention to the list started; they are read behind the L1 cache, as
+    # nothing was waited for yet.
     count = tl.load(counts + problem_place, mask=problem_index < problems, other=0, cache_modifier=".cg")
-    tiles = (count * WIDTH + (BLOCK_N - 1)) // BLOCK_N
-    total = tl.sum(tiles, axis=0)
-    head_start = tl.sum(tl.where(problem_index < order, tiles, 0), axis=0)
-    head_tiles = tl.sum(tl.where(problem_index == order, tiles, 0), axis=0)
+    pieces = (count + (PIECE - 1)) // PIECE
+    total = tl.sum(pieces, axis=0)
+    head_start = tl.sum(tl.where(problem_index < order, pieces, 0), axis=0)
+    head_pieces = tl.sum(tl.where(problem_index == order, pieces, 0), axis=0)
+    if LEVELS > 0:  # noqa: SIM102
+        if (tl.program_id(0) == 0) & (problem % kv_heads == 0):
+            counts_now = tl.load(running)
+            own = (problem_index >= problem) & (problem_index < problem + kv_heads)
+            for level in tl.static_range(LEVELS):
+                where_kept = kept + level * problems + problem_index
+                found = tl.load(where_kept, mask=own, other=0, cache_modifier=".cg").to(tl.int64)
+                where_tally = tally + level * (problems // kv_heads) + problem // kv_heads
+                tl.store(where_tally, tl.load(where_tally) + tl.sum(found, axis=0) * counts_now)
     if more_out is not None:
         more_joined, more_part = join_rows(
             more_out,
@@ -237,34 +253,37 @@ def _join_parts(
             problem * more,
             problem * more + more - 1,
             part_rows,
-            tl.program_id(0) * ROWS,
+            row_start,
+            dim_start,
             ROWS,
+            DIMS,
             HEAD_DIM,
             MORE_PARTS,
         )
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    if head_tiles > 0:
+    if head_pieces > 0:
         first = group_of(head_start, groups, total)
-        last = group_of(head_start + head_tiles - 1, groups, total)
+        last = group_of(head_start + head_pieces - 1, groups, total)
         joined, joined_lse = join_rows(
             part_out,
             part_lse,
             first + order,
             last + order,
             part_rows,
-            tl.program_id(0) * ROWS,
+            row_start,
+            dim_start,
             ROWS,
+            DIMS,
             HEAD_DIM,
             PARTS,
         )
     else:
-        joined = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+        joined = tl.zeros([ROWS, DIMS], tl.float32)
         joined_lse = tl.full([ROWS], float("-inf"), tl.float32)
-    dim = tl.arange(0, HEAD_DIM)
     if value_scale is not None:
-        scaled = (problem % kv_heads) * HEAD_DIM + dim
+        scaled = (problem % kv_heads) * HEAD_DIM + dim_start + tl.arange(0, DIMS)
         joined = joined * tl.load(value_scale + scaled)[None, :] + tl.load(value_centre + scaled)[None, :]
     if other_out is not None:
         other, other_part = join_rows(
@@ -273,23 +292,17 @@ def _join_parts(
             problem * others,
             problem * others + others - 1,
             part_rows,
-            tl.program_id(0) * ROWS,
+            row_start,
+            dim_start,
             ROWS,
+            DIMS,
             HEAD_DIM,
             PARTS,
         )
         joined, joined_lse = merge_rows(joined, joined_lse, other, other_part)
     if more_out is not None:
         joined, joined_lse = merge_rows(joined, joined_lse, more_joined, more_part)
-    store_result(output, lse_out, joined, joined_lse, problem, row, rows, HEAD_DIM)
-    if LEVELS > 0:  # noqa: SIM102
-        if (tl.program_id(0) == 0) & (problem % kv_heads == 0):
-            counts_now = tl.load(running)
-            own = (problem_index >= problem) & (problem_index < problem + kv_heads)
-            for level in tl.static_range(LEVELS):
-                found = tl.load(kept + level * problems + problem_index, mask=own, other=0).to(tl.int64)
-                where_tally = tally + level * (problems // kv_heads) + problem // kv_heads
-                tl.store(where_tally, tl.load(where_tally) + tl.sum(found, axis=0) * counts_now)
+    store_result(output, lse_out, joined, joined_lse, problem, row, rows, dim_start, DIMS, HEAD_DIM)
 
 
 @dataclass(frozen=True)
@@ -350,13 +363,15 @@ def attend_list(
         keys.shape[1],
         work.entries.shape[1],
         groups,
+        WIDTH=work.width,
         BLOCK_R=config.block_rows,
+        BLOCK_N=config.block_keys,
         STAGES=config.stages,
         PRECISION=dev.dot_precision(query.dtype),
         PACKED=4 if packed else 1,
         FAST=not dev.INTERPRETED,
         num_warps=config.warps,
-        **_tiling(parts, problems),
+        **_sharing(parts, problems),
         **dev.launch_options(query.device),
         **({"maxnreg": config.registers} if config.registers else {}),
     )
@@ -390,9 +405,10 @@ def join_list(
     problems, joined_rows = batch * kv_heads, join_block(rows)
     output = torch.empty(batch, kv_heads, rows, head_dim, dtype=dtype, device=query.device)
     lse = torch.empty(batch, kv_heads, rows, dtype=torch.float32, device=query.device)
-    row_blocks = triton.cdiv(rows, joined_rows)
-    asking = asking_programs(ahead, row_blocks)
-    _join_parts[(row_blocks, problems + asking)](
+    # Few rows: what a program waits for is its threads' exchange, so more programs of fewer threads each.
+    dims, warps = (min(head_dim, _JOINED_DIMS), 2) if rows <= dev.FEW_ROWS else (head_dim, 4)
+    each = triton.cdiv(rows, joined_rows) * (head_dim // dims)
+    _join_parts[(each, problems + asking_programs(ahead, each))](
         *(scales[2:] if scales else (None, None)),
         parts.work.counts,
         output,
@@ -415,19 +431,20 @@ def join_list(
         part_rows(rows),
         parts.groups,
         ROWS=joined_rows,
-        PARTS=max(1, _JOINED_AT_ONCE // (head_dim * joined_rows)),
+        DIMS=dims,
+        PARTS=max(1, _HELD * 32 * warps // (dims * joined_rows)),
         MORE_PARTS=triton.next_power_of_2(more.lse.shape[1]) if more else 1,
         LEVELS=tally.total.shape[0] if tally else 0,
-        **_tiling(parts, problems),
+        num_warps=warps,
+        **_sharing(parts, problems),
         **dev.launch_options(query.device),
     )
     return output, lse
 
 
-def _tiling(parts: ListParts, problems: int) -> dict[str, int]:
+def _sharing(parts: ListParts, problems: int) -> dict[str, int]:
     return {
-        "WIDTH": parts.work.width,
+        "PIECE": parts.config.block_keys // parts.work.width,
         "HEAD_DIM": parts.out.shape[2],
-        "BLOCK_N": parts.config.block_keys,
         "BLOCK_PROBLEMS": triton.next_power_of_2(problems),
     }

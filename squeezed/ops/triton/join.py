@@ -50,41 +50,44 @@ def join_block(rows: int) -> int:
 
 
 @triton.jit
-def store_result(output, lse_out, acc, lse, problem, row, rows, HEAD_DIM: tl.constexpr):
-    """Write rows of a head: [R, HEAD_DIM] and [R], log-sum-exp in base 2."""
-    dim = tl.arange(0, HEAD_DIM)
+def store_result(output, lse_out, acc, lse, problem, row, rows, dim_start, DIMS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Write rows of a head, dimensions from `dim_start` on: [R, DIMS] and [R], log-sum-exp in base 2."""
+    dim = dim_start + tl.arange(0, DIMS)
     place = problem.to(tl.int64) * rows + row
     mask = row < rows
     tl.store(output + place[:, None] * HEAD_DIM + dim[None, :], acc, mask=mask[:, None])
-    tl.store(lse_out + place, lse * LN2, mask=mask)
+    tl.store(lse_out + place, lse * LN2, mask=mask & (dim_start + row * 0 == 0))
 
 
 @triton.jit
-def tiles_of(group, groups, total):
-    """First tile of a group: contiguous shares that differ by one at most; some are empty where tiles are few."""
+def share_of(group, groups, total):
+    """First piece of a group: contiguous shares that differ by one at most; some are empty where pieces are few."""
     return group * (total // groups) + tl.minimum(group, total % groups)
 
 
 @triton.jit
-def group_of(tile, groups, total):
-    """The group that `tiles_of` gives a tile to."""
+def group_of(piece, groups, total):
+    """The group that `share_of` gives a piece to."""
     share = total // groups
     longer = total % groups
-    in_longer = tile // (share + 1)
-    return tl.where(in_longer < longer, in_longer, longer + (tile - longer * (share + 1)) // tl.maximum(share, 1))
+    in_longer = piece // (share + 1)
+    return tl.where(in_longer < longer, in_longer, longer + (piece - longer * (share + 1)) // tl.maximum(share, 1))
 
 
 @triton.jit
 def join_rows(
-    part_out, part_lse, first, last, part_rows, row_start, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    PARTS: tl.constexpr,
+    part_out, part_lse, first, last, part_rows, row_start, dim_start, ROWS: tl.constexpr, DIMS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Rows [row_start, row_start + ROWS) of slots [first, last], PARTS at a time: ([ROWS, HEAD_DIM], [ROWS])."""
-    dim = tl.arange(0, HEAD_DIM)
+    """Rows and dimensions from `row_start` and `dim_start` on of slots [first, last]: ([ROWS, DIMS], [ROWS]).
+
+    PARTS slots at a time.
+    """
+    dim = dim_start + tl.arange(0, DIMS)
     row = row_start + tl.arange(0, ROWS)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+    acc = tl.zeros([ROWS, DIMS], tl.float32)
     for start in range(first, last + 1, PARTS):
         part = start + tl.arange(0, PARTS)
         mask = part <= last
@@ -107,7 +110,7 @@ def join_rows(
 
 @triton.jit
 def merge_rows(acc_a, lse_a, acc_b, lse_b):
-    """Two disjoint parts of the same rows, [R, HEAD_DIM] and base-2 log-sum-exp [R] each; either may be empty."""
+    """Two disjoint parts of the same rows, [R, DIMS] and base-2 log-sum-exp [R] each; either may be empty."""
     top = tl.maximum(lse_a, lse_b)
     safe_top = tl.where(top == float("-inf"), 0.0, top)
     weight_a = tl.exp2(lse_a - safe_top)

@@ -1,4 +1,4 @@
-"""Inner loops of attention: stream the tiles of a work list through an online softmax."""
+"""Inner loops of attention: stream a stretch of a work list through an online softmax, tile by tile."""
 
 # mypy: allow-untyped-defs, disable-error-code="attr-defined"
 
@@ -11,16 +11,17 @@ from squeezed.ops.triton.eight_bit import packed_logits, packed_query, unpack, u
 
 
 @triton.jit
-def locate(list_base, step, count, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Positions of the keys of one tile, and which of its lanes hold a key."""
-    slot = step * BLOCK_N + tl.arange(0, BLOCK_N)
+def locate(list_base, start, stop, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Positions of the keys of the tile of entries from `start` on, and which of its lanes hold a key before `stop`."""
+    lane = tl.arange(0, BLOCK_N)
+    slot = start + lane // WIDTH
+    entry = tl.load(list_base + slot, mask=slot < stop, other=0)
     if WIDTH == 1:
-        inside = slot < count
-        position = tl.load(list_base + slot, mask=inside, other=0)
+        position = entry
+        inside = slot < stop
     else:
-        entry = tl.load(list_base + slot // WIDTH, mask=slot // WIDTH < count, other=0)
-        position = (entry >> 4) + slot % WIDTH
-        inside = slot % WIDTH < (entry & 15)
+        position = (entry >> 4) + lane % WIDTH
+        inside = lane % WIDTH < (entry & 15)
     return position, inside
 
 
@@ -32,7 +33,6 @@ def stream(
     list_base,
     start,
     stop,
-    count,
     scale_log2,
     WIDTH: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -43,7 +43,7 @@ def stream(
     PACKED: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """Tiles [start, stop): unnormalised sum of values [BLOCK_R, HEAD_DIM], maximum and weight sum [BLOCK_R], base 2.
+    """Entries [start, stop): unnormalised sum of values [BLOCK_R, HEAD_DIM], maximum and weight sum [BLOCK_R], base 2.
 
     PACKED: numbers in a word of keys and values, 4 if they are int8.
     """
@@ -54,10 +54,10 @@ def stream(
     acc = tl.zeros([BLOCK_R, HEAD_DIM], tl.float32)
     full = start
     if WIDTH == 1:
-        # All but the last tile of a head are full; without masks nothing spills in the many-row loop.
-        full = tl.maximum(start, tl.minimum(stop, count // BLOCK_N))
-        for step in tl.range(start, full, num_stages=STAGES):
-            position = tl.load(list_base + step * BLOCK_N + tl.arange(0, BLOCK_N))
+        # All tiles but the last are full; without masks nothing spills in the many-row loop.
+        full = stop - (stop - start) % BLOCK_N
+        for tile in tl.range(start, full, BLOCK_N, num_stages=STAGES):
+            position = tl.load(list_base + tile + tl.arange(0, BLOCK_N))
             address = position[:, None] * WORDS + word[None, :]
             k = tl.load(key_base + address)
             if PACKED == 4:
@@ -72,8 +72,8 @@ def stream(
                 v = unpack_rows(v, FAST)
             acc = tl.dot(weight.to(q.dtype), v.to(q.dtype), acc * rescale[:, None], input_precision=PRECISION)
             top = new_top
-    for step in tl.range(full, stop, num_stages=STAGES):
-        position, inside = locate(list_base, step, count, WIDTH, BLOCK_N)
+    for tile in tl.range(full, stop, BLOCK_N // WIDTH, num_stages=STAGES):
+        position, inside = locate(list_base, tile, stop, WIDTH, BLOCK_N)
         address = position[:, None] * WORDS + word[None, :]
         k = tl.load(key_base + address, mask=inside[:, None], other=0)
         if PACKED == 4:
@@ -103,7 +103,6 @@ def stream_packed_row(
     list_base,
     start,
     stop,
-    count,
     scale_log2,
     WIDTH: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -124,8 +123,8 @@ def stream_packed_row(
     acc1 = tl.zeros([BLOCK_N, WORDS], tl.float32)
     acc2 = tl.zeros([BLOCK_N, WORDS], tl.float32)
     acc3 = tl.zeros([BLOCK_N, WORDS], tl.float32)
-    for step in tl.range(start, stop, num_stages=STAGES):
-        position, inside = locate(list_base, step, count, WIDTH, BLOCK_N)
+    for tile in tl.range(start, stop, BLOCK_N // WIDTH, num_stages=STAGES):
+        position, inside = locate(list_base, tile, stop, WIDTH, BLOCK_N)
         address = position[:, None] * WORDS + word[None, :]
         k = tl.load(key_base + address, mask=inside[:, None], other=0)
         v = tl.load(value_base + address, mask=inside[:, None], other=0)
