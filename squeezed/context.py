@@ -326,15 +326,15 @@ class FixedContext:
             recall: most tokens to recall, see `BuildConfig.recall`; None: as the context was built.
 
         Raises:
-            InputError: sparsity outside 0 to 1.
+            InputError: sparsity outside 0 to 1, or recall below 0.
         """
+        config = self.config if recall is None else replace(self.config, recall=recall)
         curves = None if dense else self.curves
         longest = None if whole else 0
-        selection = Selection(
-            curves, check_sparsity(sparsity), voters=self.config.voters, adaptive=adaptive, whole=longest
+        selection = Selection(curves, check_sparsity(sparsity), voters=config.voters, adaptive=adaptive, whole=longest)
+        most = (
+            tokens_to_recall(config.recall, self.squeezed_layers[0].clustered, sparsity) if self.squeezed_layers else 0
         )
-        recalled = self.config.recall if recall is None else recall
-        most = tokens_to_recall(recalled, self.squeezed_layers[0].clustered, sparsity) if self.squeezed_layers else 0
         shared = Recall(most) if most and not selection.is_dense else None
         squeezed = [i for i, layer in enumerate(self.layers) if isinstance(layer, ClusteredKeys)]
         observing = {i for number, i in enumerate(squeezed) if observes(number, len(squeezed))}

@@ -228,3 +228,6 @@ def test_a_question_recalls_alike_alone_and_in_a_batch() -> None:
 def test_a_negative_number_is_refused() -> None:
     with pytest.raises(InputError, match="recall is -1: expected 0 or more"):
         BuildConfig(recall=-1)
+    _, _, context = build(recall=10)
+    with pytest.raises(InputError, match="recall is -1: expected 0 or more"):
+        context.cache(recall=-1)
