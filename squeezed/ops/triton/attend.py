@@ -30,8 +30,8 @@ from squeezed.ops.triton.join import (
     join_rows,
     merge_rows,
     part_rows,
-    share_of,
     store_result,
+    tiles_of,
 )
 from squeezed.ops.triton.own import Tally
 from squeezed.ops.triton.select import WorkList
@@ -108,7 +108,7 @@ def _attend(
     list_size,
     groups,
     WIDTH: tl.constexpr,
-    PIECE: tl.constexpr,
+    ENTRIES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -119,7 +119,7 @@ def _attend(
     FAST: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """PACKED: numbers in a word of keys and values, 4 if they are int8."""
+    """ENTRIES of a tile; PACKED: numbers in a word of keys and values, 4 if they are int8."""
     group = tl.program_id(0) // row_blocks
     row_block = tl.program_id(0) % row_blocks
     problem_index = tl.arange(0, BLOCK_PROBLEMS)
@@ -130,24 +130,24 @@ def _attend(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     count = tl.load(counts + problem_place, mask=problem_index < problems, other=0)
-    pieces = (count + (PIECE - 1)) // PIECE
-    ends = tl.cumsum(pieces, axis=0)
-    total = tl.sum(pieces, axis=0)
-    piece = share_of(group, groups, total)
-    stop = share_of(group + 1, groups, total)
+    tiles = (count + (ENTRIES - 1)) // ENTRIES
+    ends = tl.cumsum(tiles, axis=0)
+    total = tl.sum(tiles, axis=0)
+    tile = tiles_of(group, groups, total)
+    stop = tiles_of(group + 1, groups, total)
 
     dim = tl.arange(0, HEAD_DIM)
     row = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
-    while piece < stop:
-        order = tl.sum((ends <= piece).to(tl.int32), axis=0)
+    while tile < stop:
+        order = tl.sum((ends <= tile).to(tl.int32), axis=0)
         is_problem = problem_index == order
         problem = (order % batch) * kv_heads + order // batch
         head_stop = tl.sum(tl.where(is_problem, ends, 0), axis=0)
-        head_start = head_stop - tl.sum(tl.where(is_problem, pieces, 0), axis=0)
+        head_start = head_stop - tl.sum(tl.where(is_problem, tiles, 0), axis=0)
         head_count = tl.sum(tl.where(is_problem, count, 0), axis=0)
         part_stop = tl.minimum(stop, head_stop)
-        first = (piece - head_start) * PIECE
-        end = tl.minimum((part_stop - head_start) * PIECE, head_count)
+        first = (tile - head_start) * ENTRIES
+        end = tl.minimum((part_stop - head_start) * ENTRIES, head_count)
         head = (order // batch).to(tl.int64)
         key_base = keys + head * tokens * (HEAD_DIM // PACKED)
         value_base = values + head * tokens * (HEAD_DIM // PACKED)
@@ -170,13 +170,13 @@ def _attend(
                 WIDTH, HEAD_DIM, BLOCK_R, BLOCK_N, STAGES, PRECISION, PACKED, FAST,
             )  # fmt: skip
         acc = acc / weight[:, None]
-        # Along the row of pieces group and order only grow, and one of them grows from part to part: the sum is a slot
+        # Along the row of tiles group and order only grow, and one of them grows from part to part: the sum is a slot
         # of its own for every part.
         place = (group + order).to(tl.int64) * part_rows + row
         needed = row < part_rows
         tl.store(part_out + place[:, None] * HEAD_DIM + dim[None, :], acc, mask=needed[:, None])
         tl.store(part_lse + place, top + tl.log2(weight) + shift, mask=needed)
-        piece = part_stop
+        tile = part_stop
 
 
 @triton.jit
@@ -203,7 +203,7 @@ def _join_parts(
     rows,
     part_rows,
     groups,
-    PIECE: tl.constexpr,
+    ENTRIES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIMS: tl.constexpr,
     BLOCK_PROBLEMS: tl.constexpr,
@@ -233,10 +233,10 @@ def _join_parts(
     # Counts and what was kept are complete before attention to the list started; they are read behind the L1 cache, as
     # nothing was waited for yet.
     count = tl.load(counts + problem_place, mask=problem_index < problems, other=0, cache_modifier=".cg")
-    pieces = (count + (PIECE - 1)) // PIECE
-    total = tl.sum(pieces, axis=0)
-    head_start = tl.sum(tl.where(problem_index < order, pieces, 0), axis=0)
-    head_pieces = tl.sum(tl.where(problem_index == order, pieces, 0), axis=0)
+    tiles = (count + (ENTRIES - 1)) // ENTRIES
+    total = tl.sum(tiles, axis=0)
+    head_start = tl.sum(tl.where(problem_index < order, tiles, 0), axis=0)
+    head_tiles = tl.sum(tl.where(problem_index == order, tiles, 0), axis=0)
     if LEVELS > 0:  # noqa: SIM102
         if (tl.program_id(0) == 0) & (problem % kv_heads == 0):
             counts_now = tl.load(running)
@@ -263,9 +263,9 @@ def _join_parts(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    if head_pieces > 0:
+    if head_tiles > 0:
         first = group_of(head_start, groups, total)
-        last = group_of(head_start + head_pieces - 1, groups, total)
+        last = group_of(head_start + head_tiles - 1, groups, total)
         joined, joined_lse = join_rows(
             part_out,
             part_lse,
@@ -444,7 +444,7 @@ def join_list(
 
 def _sharing(parts: ListParts, problems: int) -> dict[str, int]:
     return {
-        "PIECE": parts.config.block_keys // parts.work.width,
+        "ENTRIES": parts.config.block_keys // parts.work.width,
         "HEAD_DIM": parts.out.shape[2],
         "BLOCK_PROBLEMS": triton.next_power_of_2(problems),
     }

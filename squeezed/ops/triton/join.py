@@ -60,18 +60,18 @@ def store_result(output, lse_out, acc, lse, problem, row, rows, dim_start, DIMS:
 
 
 @triton.jit
-def share_of(group, groups, total):
-    """First piece of a group: contiguous shares that differ by one at most; some are empty where pieces are few."""
+def tiles_of(group, groups, total):
+    """First tile of a group: contiguous shares that differ by one at most; some are empty where tiles are few."""
     return group * (total // groups) + tl.minimum(group, total % groups)
 
 
 @triton.jit
-def group_of(piece, groups, total):
-    """The group that `share_of` gives a piece to."""
+def group_of(tile, groups, total):
+    """The group that `tiles_of` gives a tile to."""
     share = total // groups
     longer = total % groups
-    in_longer = piece // (share + 1)
-    return tl.where(in_longer < longer, in_longer, longer + (piece - longer * (share + 1)) // tl.maximum(share, 1))
+    in_longer = tile // (share + 1)
+    return tl.where(in_longer < longer, in_longer, longer + (tile - longer * (share + 1)) // tl.maximum(share, 1))
 
 
 @triton.jit
