@@ -22,7 +22,7 @@ test-gpu:
 memcheck:
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
 		$(PYTHON) -m pytest -m gpu -x tests/ops/test_triton.py tests/test_decode_kernels.py \
-		-k "float64_attention_to or recalled or stand_ins_and_eight_bits_equal or merging or appending or products" $(PYTEST_OPTIONS)
+		-k "float64_attention_to or recalled or stand_ins_and_eight_bits_equal or merging or appending or products or peak" $(PYTEST_OPTIONS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

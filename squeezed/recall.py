@@ -21,7 +21,6 @@ _HALF_LIFE = 24  # tokens behind a weight after which it counts for half: a line
 _REACH = 64  # most tokens behind it
 _BEFORE = 4  # tokens before it that it brings along, each counting for less
 _PART = 8  # recalled are at most one in so many of the keys that are kept
-_LOGITS = {"cpu": 2**22, "cuda": 2**26}  # held at once
 
 
 class Recall:
@@ -117,20 +116,17 @@ def clustered_weights(query: Tensor, lse: Tensor, index: ClusteredKeys, tokens: 
     """
     clustered = index.keys[:, : index.clustered]
     peaks = peak_weights(query, clustered, lse, scale, index.scales)
-    weights = peaks.new_full((peaks.shape[0], tokens), float("-inf"))
-    weights[:, index.positions[0].long()] = 0.0
-    for head, positions in enumerate(index.positions.long()):
-        weights[:, positions] += peaks[:, head]
+    # Clusters put each head's keys in an order of its own: first each back in its place, then all heads together.
+    places = index.positions.long()
+    placed = peaks.new_full((*peaks.shape[:2], tokens), float("-inf"))
+    placed.scatter_(2, places.expand(peaks.shape[0], -1, -1), peaks)
     counts = (lse < float("inf")).any(-1).any(-1)
-    return weights.where(counts.unsqueeze(-1), float("-inf"))
+    return placed.sum(1).where(counts.unsqueeze(-1), float("-inf"))
 
 
 def peak_weights(query: Tensor, keys: Tensor, lse: Tensor, scale: float, scales: ChannelScales | None = None) -> Tensor:
-    """`ops.peak_weights` of a question's last tokens, piece by piece: [B, Hk, N]."""
-    query, lse = query[:, :, -QUERIES:], lse[:, :, -QUERIES:]
-    step = max(1, _LOGITS.get(query.device.type, 2**22) // query[..., 0].numel())
-    pieces = [ops.peak_weights(query, piece, lse, scale, scales) for piece in keys.split(step, dim=1)]
-    return torch.cat(pieces, dim=2)
+    """`ops.peak_weights` of a question's last tokens: [B, Hk, N]."""
+    return ops.peak_weights(query[:, :, -QUERIES:], keys, lse[:, :, -QUERIES:], scale, scales)
 
 
 def observes(number: int, layers: int) -> bool:

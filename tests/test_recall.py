@@ -51,7 +51,11 @@ def test_peak_weights_are_the_highest_of_a_softmax_taken_in_float64() -> None:
     torch.testing.assert_close(found[0].double(), counting.amax((1, 2)), rtol=1e-4, atol=1e-7)
 
 
-def test_peak_weights_of_eight_bits_are_those_of_what_they_stand_for() -> None:
+@pytest.mark.parametrize("logits_at_once", [2**22, 500])
+def test_peak_weights_of_eight_bits_are_those_of_what_they_stand_for(
+    logits_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ops._LOGITS, "cpu", logits_at_once)
     case = Case(q_heads=4, queries=3, key_bits=8, centroid_bits=8, compensate=True)
     query, layer = make_query(case), make_layer(case)
     lse = torch.zeros(1, 4, 3)

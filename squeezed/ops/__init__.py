@@ -15,6 +15,7 @@ from squeezed.ops.layout import ChannelScales, ClusteredKeys, Recalled, from_eig
 
 Thresholds = tuple[float, ...]
 _GPU_HEAD_DIMS = (16, 32, 64, 128, 256)
+_LOGITS = {"cpu": 2**22, "cuda": 2**26}  # held at once where a library multiplies
 
 
 def attend_fixed(
@@ -53,18 +54,26 @@ def merge_attention(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]
 
 
 def peak_weights(query: Tensor, keys: Tensor, lse: Tensor, scale: float, scales: ChannelScales | None = None) -> Tensor:
-    """See :func:`squeezed.ops.reference.peak_weights`; products in the query's dtype, one for each KV head.
+    """See :func:`squeezed.ops.reference.peak_weights`; products in the query's dtype.
 
-    It is asked for once a question, so a matrix product of the library's is fast enough on any device.
+    It is asked for once a question, so that on a CPU, and in float32, a library's products are fast enough, piece by
+    piece of the keys.
     """
+    if uses_triton(query) and query.dtype.itemsize == 2 and keys.dtype in (query.dtype, torch.int8):
+        from squeezed.ops import triton
+
+        return triton.peak_weights(query, keys, lse, scale, scales)
     batch, kv_heads = query.shape[0], keys.shape[0]
-    if scales is not None:
-        keys = from_eight_bits(keys, *scales[:2])
     rows = query.reshape(batch, kv_heads, -1, keys.shape[2]).transpose(0, 1).reshape(kv_heads, -1, keys.shape[2])
-    logits = rows @ keys.to(query.dtype).transpose(1, 2)
-    peaks = logits.view(kv_heads, batch, -1, keys.shape[1]).float().mul_(scale)
-    peaks -= lse.reshape(batch, kv_heads, -1, 1).transpose(0, 1)
-    return peaks.amax(2).exp_().transpose(0, 1)
+    lse = lse.reshape(batch, kv_heads, -1, 1).transpose(0, 1)
+    found = []
+    for piece in keys.split(max(1, _LOGITS.get(query.device.type, 2**22) // query[..., 0].numel()), dim=1):
+        wide = piece if scales is None else from_eight_bits(piece, *scales[:2])
+        logits = rows @ wide.to(query.dtype).transpose(1, 2)
+        peaks = logits.view(kv_heads, batch, -1, piece.shape[1]).float().mul_(scale)
+        peaks -= lse
+        found.append(peaks.amax(2).exp_().transpose(0, 1))
+    return torch.cat(found, dim=2)
 
 
 def uses_triton(tensor: Tensor) -> bool:

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 from squeezed.ops import chain, cpu, reference
 from squeezed.ops.layout import ClusteredKeys
-from squeezed.ops.triton import attend, attend_fixed, merge_attention
+from squeezed.ops.triton import attend, attend_fixed, merge_attention, peak_weights
 from squeezed.ops.triton import device as dev
 from squeezed.ops.triton.chain import select_keys
 from squeezed.ops.triton.score import score_few_rows
@@ -403,3 +403,38 @@ def test_the_operator_is_registered_with_a_matching_fake() -> None:
     torch.library.opcheck(
         torch.ops.squeezed.attend_fixed.default, (*arguments, *rest), test_utils=("test_schema", "test_faketensor")
     )
+
+
+def assert_peaks_match(case: Case) -> None:
+    """Against float64, over a part of the keys; some queries do not count."""
+    query, layer, _, scale = setup(case)
+    keys = layer.keys[:, : layer.clustered]
+    wide = reference.from_eight_bits(keys, *layer.scales[:2]) if case.key_bits == 8 else keys
+    grouped = query.double().reshape(case.batch, case.kv_heads, -1, case.head_dim)
+    logits = scale * grouped @ wide.double().transpose(1, 2)
+    lse = logits.logsumexp(-1)
+    if lse.shape[2] > 1:
+        lse[-1, :, ::3] = float("inf")
+    expected = (logits - lse[..., None]).amax(2).exp()
+    scales = layer.scales if case.key_bits == 8 else None
+    found = peak_weights(query, keys, lse.float().reshape(query.shape[:3]), scale, scales)
+    assert found.shape == (case.batch, case.kv_heads, layer.clustered)
+    tolerance = 30 * STORED_TOLERANCE[case.dtype] if case.key_bits == 8 else 1e-3
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=1e-7)
+
+
+@matrix
+def test_peak_weights_equal_float64(case: Case) -> None:
+    assert_peaks_match(case)
+
+
+@on_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_peak_weights_of_eight_bits_equal_float64(dtype: torch.dtype) -> None:
+    assert_peaks_match(Case(2, 4, queries=9, dtype=dtype, key_bits=8, centroid_bits=8, compensate=True))
+
+
+@needs_gpu
+@pytest.mark.parametrize("case", LARGE, ids=range(len(LARGE)))
+def test_peak_weights_of_many_keys_equal_float64(case: Case) -> None:
+    assert_peaks_match(case)

@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 from squeezed.clustering import triton as clustering
 from squeezed.clustering.steps import Buckets, Centres
 from squeezed.decode import linear_triton, own, own_triton, qkv_triton
-from squeezed.ops.triton import OwnKeys, Tally, attend_fixed, attend_with_own, device, merge_attention
+from squeezed.ops.triton import OwnKeys, Tally, attend_fixed, attend_with_own, device, merge_attention, peak_weights
 from tests.ops.cases import Case, make_layer, make_query, make_recalled
 
 compiled = set()
@@ -55,6 +55,7 @@ for case in (
     layer, query = make_layer(case), make_query(case)
     thresholds = torch.zeros(case.levels)
     attend_fixed(query, layer, thresholds, layer.tokens, 0.1)
+    peak_weights(query, layer.keys, torch.zeros(query.shape[:3]), 0.1, layer.scales)
     if case.queries > 1:
         attend_fixed(query.repeat(2, 1, 1, 1), layer, thresholds, layer.tokens, 0.1, 8)
     if case.queries == 1:

@@ -4,6 +4,7 @@ from squeezed.ops.triton.chain import attend_fixed, attend_with_own
 from squeezed.ops.triton.cost import AttentionShape, dense_is_faster
 from squeezed.ops.triton.merge import merge_attention
 from squeezed.ops.triton.own import OwnKeys, Tally
+from squeezed.ops.triton.peak import peak_weights
 
 __all__ = [
     "AttentionShape",
@@ -13,4 +14,5 @@ __all__ = [
     "attend_with_own",
     "dense_is_faster",
     "merge_attention",
+    "peak_weights",
 ]
