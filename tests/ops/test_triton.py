@@ -419,7 +419,8 @@ def assert_peaks_match(case: Case) -> None:
     scales = layer.scales if case.key_bits == 8 else None
     found = peak_weights(query, keys, lse.float().reshape(query.shape[:3]), scale, scales)
     assert found.shape == (case.batch, case.kv_heads, layer.clustered)
-    tolerance = 30 * STORED_TOLERANCE[case.dtype] if case.key_bits == 8 else 1e-3
+    # Scaled queries in float16 leave a logit of 20 known to 0.01.
+    tolerance = 3e-2 if case.key_bits == 8 and case.dtype != torch.float32 else 1e-3
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=1e-7)
 
 
