@@ -106,15 +106,7 @@ def _budget_panel(axis: Any, rows: Metrics, value: Callable[[Metrics], dict[str,
         axis.set_yscale("log")
     _budget_ticks(axis, [row["kv_budget"] for row in rows.values() if row["method"] != _FULL])
     if full is not None and not falling:
-        axis.annotate(
-            f"full attention {full['mean']:.1f}",
-            (0.01, full["mean"]),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, 3),
-            textcoords="offset points",
-            fontsize=9,
-            va="bottom",
-        )
+        ends.append((axis.get_xlim()[1], full["mean"], f"full attention {full['mean']:.1f}", {"color": "black"}))
     _label_ends(axis, ends, falling)
 
 
