@@ -31,20 +31,21 @@ def part(wanted: Tensor | None, first: int, size: int) -> Tensor | None:
     return found if found.numel() >= SHARE else None
 
 
-def asking_programs(asked: Tensor | None, together: int) -> int:
-    """How many times `together` programs ask for it."""
-    return 0 if asked is None else asked.numel() // SHARE // together
+def shares_of(asked: Tensor | None) -> int:
+    """Programs that it takes to ask for it."""
+    return 0 if asked is None else asked.numel() // SHARE
 
 
 @triton.jit
-def ask_ahead(asked, program, KEEP: tl.constexpr):
-    """Ask for this program's share; KEEP: to stay in the cache when other things pass through."""
-    line = asked + (program.to(tl.int64) * _LINES + tl.arange(0, _LINES)) * _LINE
-    if KEEP:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2::evict_last [$1]; mov.u32 $0, 0;", "=r,l", [line], tl.int32, is_pure=False, pack=1
-        )
-    else:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [line], tl.int32, is_pure=False, pack=1
-        )
+def ask_ahead(asked, program, shares, KEEP: tl.constexpr):
+    """Ask for this program's share, if there is one; KEEP: to stay in the cache when other things pass through."""
+    if program < shares:
+        line = asked + (program.to(tl.int64) * _LINES + tl.arange(0, _LINES)) * _LINE
+        if KEEP:
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2::evict_last [$1]; mov.u32 $0, 0;", "=r,l", [line], tl.int32, is_pure=False, pack=1
+            )
+        else:
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [line], tl.int32, is_pure=False, pack=1
+            )

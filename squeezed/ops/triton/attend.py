@@ -21,7 +21,7 @@ from torch import Tensor
 
 from squeezed.ops.layout import ChannelScales
 from squeezed.ops.triton import device as dev
-from squeezed.ops.triton.ahead import ask_ahead, asking_programs
+from squeezed.ops.triton.ahead import ask_ahead, shares_of
 from squeezed.ops.triton.eight_bit import scaled_query
 from squeezed.ops.triton.join import (
     Parts,
@@ -198,6 +198,7 @@ def _join_parts(
     tally,
     running,
     ahead,
+    shares,
     problems,
     kv_heads,
     rows,
@@ -221,7 +222,7 @@ def _join_parts(
     problem = tl.program_id(1)
     if ahead is not None:  # noqa: SIM102
         if problem >= problems:
-            ask_ahead(ahead, (problem - problems) * tl.num_programs(0) + tl.program_id(0), False)
+            ask_ahead(ahead, (problem - problems) * tl.num_programs(0) + tl.program_id(0), shares, False)
             return
     row_start = tl.program_id(0) // (HEAD_DIM // DIMS) * ROWS
     dim_start = tl.program_id(0) % (HEAD_DIM // DIMS) * DIMS
@@ -230,8 +231,8 @@ def _join_parts(
     batch = problems // kv_heads
     order = (problem % kv_heads) * batch + problem // kv_heads
     problem_place = (problem_index % batch) * kv_heads + problem_index // batch
-    # Counts and what was kept are complete before attention to the list started; they are read behind the L1 cache, as
-    # nothing was waited for yet.
+    # Counts and what was kept are complete before attention to the list started, the tally and whether it is running
+    # since the step before: read behind the L1 cache, as nothing was waited for yet.
     count = tl.load(counts + problem_place, mask=problem_index < problems, other=0, cache_modifier=".cg")
     tiles = (count + (ENTRIES - 1)) // ENTRIES
     total = tl.sum(tiles, axis=0)
@@ -239,13 +240,14 @@ def _join_parts(
     head_tiles = tl.sum(tl.where(problem_index == order, tiles, 0), axis=0)
     if LEVELS > 0:  # noqa: SIM102
         if (tl.program_id(0) == 0) & (problem % kv_heads == 0):
-            counts_now = tl.load(running)
+            counts_now = tl.load(running, cache_modifier=".cg")
             own = (problem_index >= problem) & (problem_index < problem + kv_heads)
             for level in tl.static_range(LEVELS):
                 where_kept = kept + level * problems + problem_index
                 found = tl.load(where_kept, mask=own, other=0, cache_modifier=".cg").to(tl.int64)
                 where_tally = tally + level * (problems // kv_heads) + problem // kv_heads
-                tl.store(where_tally, tl.load(where_tally) + tl.sum(found, axis=0) * counts_now)
+                so_far = tl.load(where_tally, cache_modifier=".cg")
+                tl.store(where_tally, so_far + tl.sum(found, axis=0) * counts_now)
     if more_out is not None:
         more_joined, more_part = join_rows(
             more_out,
@@ -408,7 +410,7 @@ def join_list(
     # Few rows: what a program waits for is its threads' exchange, so more programs of fewer threads each.
     dims, warps = (min(head_dim, _JOINED_DIMS), 2) if rows <= dev.FEW_ROWS else (head_dim, 4)
     each = triton.cdiv(rows, joined_rows) * (head_dim // dims)
-    _join_parts[(each, problems + asking_programs(ahead, each))](
+    _join_parts[(each, problems + triton.cdiv(shares_of(ahead), each))](
         *(scales[2:] if scales else (None, None)),
         parts.work.counts,
         output,
@@ -425,6 +427,7 @@ def join_list(
         tally.total if tally else None,
         tally.running if tally else None,
         ahead,
+        shares_of(ahead),
         problems,
         kv_heads,
         rows,

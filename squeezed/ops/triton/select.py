@@ -22,7 +22,7 @@ from torch import Tensor
 
 from squeezed.ops.layout import Recalled
 from squeezed.ops.triton import device as dev
-from squeezed.ops.triton.ahead import ask_ahead, asking_programs
+from squeezed.ops.triton.ahead import ask_ahead, shares_of
 from squeezed.ops.triton.score import Scores
 
 _SLOTS = 512  # entries that a program writes at a time; a small chunk's runs are fewer
@@ -116,6 +116,7 @@ def _select(
     holders,
     status,
     ahead,
+    shares,
     problems,
     level,
     kv_heads,
@@ -148,7 +149,7 @@ def _select(
     asker = problem if OWN_SIZES else head
     if ahead is not None:  # noqa: SIM102
         if problem >= problems:
-            ask_ahead(ahead, (problem - problems) * tl.num_programs(0) + chunk, True)
+            ask_ahead(ahead, (problem - problems) * tl.num_programs(0) + chunk, shares, True)
             return
     index = chunk * CHUNK_SIZE + tl.arange(0, CHUNK_SIZE)
     offset_base = offsets + head * (clusters + 1)
@@ -330,7 +331,7 @@ def select_clusters(
     left_out = None
     if sizes is not None and normalised:
         left_out = torch.empty(problems, capacity, dtype=torch.float32, device=offsets.device)
-    _select[(chunks, problems + asking_programs(ahead, chunks))](
+    _select[(chunks, problems + triton.cdiv(shares_of(ahead), chunks))](
         scores.logits,
         scores.part_max,
         scores.part_sum,
@@ -347,6 +348,7 @@ def select_clusters(
         recalled.clusters if recalled else None,
         status,
         ahead,
+        shares_of(ahead),
         problems,
         level,
         kv_heads,
