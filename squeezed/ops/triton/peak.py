@@ -17,8 +17,6 @@ from squeezed.ops.layout import ChannelScales
 from squeezed.ops.triton import device as dev
 from squeezed.ops.triton.eight_bit import scaled_query, unpack_rows
 
-LOG2E = tl.constexpr(1.4426950408889634)
-
 
 @triton.jit
 def _peak_weights(
@@ -28,7 +26,7 @@ def _peak_weights(
     key_centre,
     lse,
     output,
-    scale_log2,
+    scale,
     kv_heads,
     rows,
     count,
@@ -57,11 +55,11 @@ def _peak_weights(
         where_row = problem * rows + row
         counts = row < rows
         q = tl.load(query + where_row[:, None] * HEAD_DIM + dim[None, :], mask=counts[:, None], other=0.0)
-        q, logit_scale, shift = scaled_query(q, key_scale, key_centre, head, scale_log2, HEAD_DIM)
+        q, logit_scale, shift = scaled_query(q, key_scale, key_centre, head, scale, HEAD_DIM)
         logits = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * logit_scale
-        normaliser = tl.load(lse + where_row, mask=counts, other=float("inf")) * LOG2E
+        normaliser = tl.load(lse + where_row, mask=counts, other=float("inf"))
         peak = tl.maximum(peak, tl.max(logits + (shift - normaliser)[:, None], axis=0))
-    tl.store(output + problem * count + place, tl.exp2(peak), mask=inside)
+    tl.store(output + problem * count + place, tl.exp(peak), mask=inside)
 
 
 @torch.library.custom_op("squeezed::peak_weights", mutates_args=())
@@ -72,7 +70,6 @@ def _peak_weights_op(query: Tensor, keys: Tensor, lse: Tensor, scale: float, sca
     rows = q_heads // kv_heads * queries
     if keys.stride()[1:] != (head_dim, 1):
         keys = keys.contiguous()
-    # Words of four bytes need heads that begin at one.
     packed = keys.dtype == torch.int8
     words = keys.view(torch.int32) if packed else keys
     output = torch.empty(batch, kv_heads, count, dtype=torch.float32, device=query.device)
@@ -86,7 +83,7 @@ def _peak_weights_op(query: Tensor, keys: Tensor, lse: Tensor, scale: float, sca
         *(scales[:2] if packed else (None, None)),
         lse.contiguous(),
         output,
-        scale * LOG2E.value,
+        scale,
         kv_heads,
         rows,
         count,
