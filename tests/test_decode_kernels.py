@@ -17,8 +17,10 @@ pytest.importorskip("triton")
 from squeezed.answer import Decoding, ask
 from squeezed.context import FixedContext
 from squeezed.decode import fused, loop, own, own_triton
+from squeezed.decode.choose_triton import choose_largest
 from squeezed.decode.linear_triton import Norm, Tiling, gated, project
 from squeezed.decode.qkv_triton import project_rotated
+from squeezed.decode.sampler import Progress, Sampler, Sampling, count_step
 from squeezed.decode.step import DecodeStep
 from squeezed.ops.triton import OwnKeys, Tally, attend_fixed, attend_with_own
 from tests.ops import cases as layers
@@ -231,6 +233,38 @@ def test_own_tokens_beside_the_scoring_are_those_attended_after_it(case: layers.
 
 
 @on_device
+@on_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])])
+@pytest.mark.parametrize(
+    ("batch", "vocabulary", "stops"),
+    [(1, 1, 1), (1, 1024, 0), (1, 5003, 3), (3, 2051, 2), *([] if INTERPRETED else [(1, 151936, 2), (5, 128256, 1)])],
+)
+def test_a_greedy_step_ends_in_one_launch_as_in_many(
+    batch: int, vocabulary: int, stops: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(vocabulary)
+    device = torch.device(DEVICE)
+    plain, fast = (Progress.start(batch, 70, 5, device) for _ in range(2))
+    for progress in (plain, fast):
+        progress.begin(torch.arange(70 * batch).view(70, batch).tolist())
+    # Few values, so that many tie; some rows have but one that is not -inf.
+    steps = torch.randint(4, (5, batch, vocabulary), device=device).to(dtype)
+    steps[3] = float("-inf")
+    steps[3, :, vocabulary // 2] = -100.0
+    ending = tuple(steps[1, 0].argmax().item() + i for i in range(stops))
+    samplers = [Sampler(Sampling(stops=ending, pad=vocabulary + 7), batch, vocabulary, device) for _ in range(2)]
+    for logits in steps:
+        plain.token.copy_(samplers[0].choose(logits))
+        count_step(plain, samplers[0].finished)
+        choose_largest(logits, samplers[1].finished, samplers[1]._stops, vocabulary + 7, fast)
+        for expected, found in zip(plain.state(), fast.state(), strict=True):
+            assert torch.equal(expected, found)
+        assert torch.equal(*(sampler.finished for sampler in samplers))
+        assert fast.arrived.item() == 0
+    assert torch.equal(plain.history, fast.history)
+    assert not stops or samplers[1].finished[0]
+
+
 @pytest.mark.parametrize("family", ["qwen2-bias", *([] if INTERPRETED else ["llama", "qwen3-norm-128", "mistral-64"])])
 def test_a_fused_layer_computes_what_the_models_own_does(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, model = tiny.tokenizer(), tiny.model(family)

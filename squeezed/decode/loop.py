@@ -104,18 +104,19 @@ def generate(
         step = steps.find(model, cache, batch, own + new_tokens, sampling)
         step.begin(cache, ids, _padding(inputs["attention_mask"], length))
         answers = _Answers(batch, sampling.stops, on_token)
-        answers.add(step.first(logits))
+        answers.add(step.first(logits)[:, 0])
         first = time.perf_counter()
         if new_tokens > 1 and not answers.ended:
             step.prepare()
             _wait(model.device)
+        copying = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
         ready = time.perf_counter()
         under_way: deque[_Read] = deque()
-        for _ in range(new_tokens - 1):
+        for number in range(new_tokens - 1):
             if answers.ended:
                 break
             step.run()
-            under_way.append(_Read(step.token))
+            under_way.append(_Read(step.progress.history[number], copying))
             if len(under_way) > _AHEAD:
                 answers.add(under_way.popleft().tokens())
         while under_way and not answers.ended:
@@ -147,17 +148,18 @@ def _wait(device: torch.device) -> None:
 
 
 class _Read:
-    """A step's tokens on their way to the host."""
+    """A step's tokens on their way to the host, by a stream of their own: the next step need not wait for that."""
 
-    def __init__(self, token: Tensor) -> None:
+    def __init__(self, tokens: Tensor, copying: torch.cuda.Stream | None) -> None:
         self._event: torch.cuda.Event | None = None
-        if token.is_cuda:
-            self._host = torch.empty(token.shape, dtype=token.dtype, pin_memory=True)
-            self._host.copy_(token, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-        else:
-            self._host = token.clone()
+        if copying is None:
+            self._host = tokens.clone()
+            return
+        self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        copying.wait_stream(torch.cuda.current_stream(tokens.device))
+        with torch.cuda.stream(copying):
+            self._host.copy_(tokens, non_blocking=True)
+            self._event = copying.record_event()
 
     def tokens(self) -> Tensor:
         if self._event is not None:
@@ -183,9 +185,9 @@ class _Answers:
         return not any(self._open)
 
     def add(self, tokens: Tensor) -> None:
-        """One more token for each row, [B, 1]; rows that have ended ignore theirs."""
+        """One more token for each row, [B]; rows that have ended ignore theirs."""
         self.count += 1
-        for row, (token,) in enumerate(tokens.tolist()):
+        for row, token in enumerate(tokens.tolist()):
             if self._open[row]:
                 self.tokens[row].append(token)
                 self._open[row] = token not in self._stops

@@ -7,6 +7,51 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from squeezed import ops
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a step leaves on the device for the next one, and for the host to read.
+
+    Attributes:
+        token: [B, 1] int64, to be fed next.
+        lengths: [n, B] int32, counters that every step moves on by one.
+        running: [1] int64, 1 while a question of the batch is unanswered.
+        history: [most steps, B] int64, the token that each step chose.
+        count: [1] int64, steps so far.
+        arrived: [1] int32, zero between steps: where the programs that end a step meet.
+    """
+
+    token: Tensor
+    lengths: Tensor
+    running: Tensor
+    history: Tensor
+    count: Tensor
+    arrived: Tensor
+
+    @classmethod
+    def start(cls, batch: int, counters: int, steps: int, device: torch.device) -> Progress:
+        """Before the first of at most `steps` steps."""
+        return cls(
+            token=torch.zeros(batch, 1, dtype=torch.int64, device=device),
+            lengths=torch.zeros(counters, batch, dtype=torch.int32, device=device),
+            running=torch.ones(1, dtype=torch.int64, device=device),
+            history=torch.zeros(steps, batch, dtype=torch.int64, device=device),
+            count=torch.zeros(1, dtype=torch.int64, device=device),
+            arrived=torch.zeros(1, dtype=torch.int32, device=device),
+        )
+
+    def begin(self, lengths: list[list[int]]) -> None:
+        """Start over with these counters."""
+        self.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
+        self.running.fill_(1)
+        self.count.zero_()
+
+    def state(self) -> list[Tensor]:
+        """The tensors that a step changes, but for the row of `history` that it writes."""
+        return [self.token, self.lengths, self.running, self.count]
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -17,7 +62,7 @@ class Sampling:
         top_p: nucleus to sample from.
         repetition_penalty: what the logits of tokens seen before are divided by, or multiplied if negative; 1 is none.
         stops: tokens that end an answer.
-        pad: what a question of a batch is fed once its answer has ended.
+        pad: what a question is fed once its answer has ended.
     """
 
     temperature: float = 0.0
@@ -65,27 +110,32 @@ class Sampler:
             # The largest of exponentially distributed times, scaled, is a draw: nothing has to be read to make it.
             token = (scores.softmax(-1) / torch.empty_like(scores).exponential_()).argmax(-1, keepdim=True)
         else:
-            token = largest(scores)
+            token = scores.argmax(-1, keepdim=True)
         if self._seen is not None:
             self._seen.scatter_(1, token, True)
         if sampling.stops:
-            if len(token) > 1:
-                token = token.masked_fill(self.finished[:, None], sampling.pad)
+            token = token.masked_fill(self.finished[:, None], sampling.pad)
             self.finished |= (token == self._stops).any(-1)
         return token
 
+    def advance(self, logits: Tensor, progress: Progress) -> None:
+        """End a step: choose as `choose` does, given logits [B, vocabulary], and leave what the next step needs."""
+        greedy = self.sampling.temperature == 0 and self._seen is None
+        if greedy and ops.has_triton(logits):
+            from squeezed.decode.choose_triton import choose_largest
 
-def largest(scores: Tensor) -> Tensor:
-    """Index [B, 1] of the first of the largest scores [B, V]."""
-    piece = next((size for size in (512, 256, 128, 64) if scores.shape[-1] % size == 0), None)
-    # A GPU gives one long row to few programs.
-    return scores.argmax(-1, keepdim=True) if piece is None or not scores.is_cuda else _in_two_rounds(scores, piece)
+            choose_largest(logits, self.finished, self._stops, self.sampling.pad, progress)
+            return
+        progress.token.copy_(self.choose(logits))
+        count_step(progress, self.finished)
 
 
-def _in_two_rounds(scores: Tensor, piece: int) -> Tensor:
-    best, place = scores.unflatten(-1, (-1, piece)).max(-1)
-    winner = best.argmax(-1, keepdim=True)
-    return winner * piece + place.gather(-1, winner)
+def count_step(progress: Progress, finished: Tensor) -> None:
+    """What a step leaves besides its token, given the questions that have ended by now, [B] bool."""
+    progress.lengths.add_(1)
+    progress.running.copy_((~finished).any()[None])
+    progress.history.index_copy_(0, progress.count, progress.token.T)
+    progress.count.add_(1)
 
 
 def nucleus(scores: Tensor, top_p: float) -> Tensor:

@@ -12,7 +12,7 @@ from squeezed.attention import attached, takes_everything
 from squeezed.cache import FixedLayer, FixedSlidingLayer, Read, SqueezedCache
 from squeezed.decode import fused
 from squeezed.decode.own import OwnTokens
-from squeezed.decode.sampler import Sampler, Sampling
+from squeezed.decode.sampler import Progress, Sampler, Sampling
 from squeezed.models import rope_switch
 from squeezed.ops.layout import Recalled, recalled_at
 
@@ -21,7 +21,7 @@ class DecodeStep:
     """A step for one model, fixed context and batch size, to be used for one generation after another.
 
     Attributes:
-        token: [B, 1] int64, the token to be fed; a step leaves the next one there.
+        progress: with the token to be fed; a step leaves the next one there.
         logits: [B, vocabulary], of the latest step.
         path: how it runs: `fused graph` (our own kernels for the whole layer), `graph` (the model's own code), or
             `eager` and why.
@@ -39,12 +39,9 @@ class DecodeStep:
         self.model, self.cache = model, cache
         self.batch, self.capacity, self.sampling = batch, capacity, sampling
         device = model.device
-        self.token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        self._position = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        self._running = torch.ones(1, dtype=torch.int64, device=device)
         # Row 0 counts the own tokens; each sliding-window layer's tail makes its count differ.
         sliding = [i for i, layer in enumerate(cache.layers) if isinstance(layer, FixedSlidingLayer)]
-        self._lengths = torch.zeros(1 + len(sliding), batch, dtype=torch.int32, device=device)
+        self.progress = Progress.start(batch, 1 + len(sliding), capacity, device)
         self._own = [
             self._buffer(layer, sliding.index(i) + 1 if i in sliding else 0) for i, layer in enumerate(cache.layers)
         ]
@@ -64,16 +61,15 @@ class DecodeStep:
         keys, values = (
             part.new_zeros(self.batch, part.shape[1], slots, part.shape[3]) for part in (found, layer.values)
         )
-        own = OwnTokens(keys, values, self._lengths[row])
+        own = OwnTokens(keys, values, self.progress.lengths[row])
         if isinstance(layer, FixedSlidingLayer):
             return replace(own, window=layer.sliding_window)
-        query = self.token.new_empty(
-            self.batch, self.model.config.get_text_config().num_attention_heads, 1, keys.shape[3], dtype=keys.dtype
-        )
+        q_heads = self.model.config.get_text_config().num_attention_heads
+        query = keys.new_empty(self.batch, q_heads, 1, keys.shape[3])
         if takes_everything(query, layer):
             return own
         kept = torch.zeros(len(layer.index.levels), self.batch, dtype=torch.int64, device=keys.device)
-        own = replace(own, kept=kept, running=self._running)
+        own = replace(own, kept=kept, running=self.progress.running)
         return own if layer.recall is None else replace(own, recalled=self._nothing_recalled(layer))
 
     def _nothing_recalled(self, layer: FixedLayer) -> Recalled:
@@ -112,9 +108,7 @@ class DecodeStep:
                 for buffer, part in zip(own.recalled.tensors, found.tensors, strict=True):
                     buffer.copy_(part)
             layer.own = own
-        self._lengths.copy_(torch.tensor(counters, dtype=torch.int32))
-        self._position.copy_(torch.tensor(lengths)[:, None] + cache.fixed_tokens)
-        self._running.fill_(1)
+        self.progress.begin(counters)
         self.sampler.begin(ids)
         self._padding, self._length = padding, earlier + length
         if self._graph is None:
@@ -122,8 +116,7 @@ class DecodeStep:
 
     def first(self, logits: Tensor) -> Tensor:
         """Choose the first token from the question's logits [B, vocabulary]; returns [B, 1]."""
-        self.token.copy_(self.sampler.choose(logits))
-        return self.token
+        return self.progress.token.copy_(self.sampler.choose(logits))
 
     def prepare(self) -> None:
         """Capture the step in a CUDA graph, once; needs a cache and a first token."""
@@ -158,7 +151,7 @@ class DecodeStep:
         expected = self._forward()
         self._restore(state)
         found = fused.FusedModel(self.model, self.cache.fixed_tokens, self.capacity)
-        logits = found(self.token, self.cache.layers)
+        logits = found(self.progress.token, self.cache.layers)
         self._restore(state)
         return found if fused.close(logits, expected) else None
 
@@ -172,31 +165,27 @@ class DecodeStep:
 
     def _changing(self) -> list[Tensor]:
         kept = [own.kept for own in self._own if own.kept is not None]
-        return [self.token, self._position, self._lengths, self._running, *kept, *self.sampler.state()]
+        return [*self.progress.state(), *kept, *self.sampler.state()]
 
     def run(self) -> None:
-        """Feed `token`, and leave the next one there."""
+        """Feed the token, and leave the next one in its place."""
         if self._graph is not None:
             self._graph.replay()
         else:
             self._step()
 
     def _step(self) -> None:
-        if self.sampling.stops:
-            self._running.copy_((~self.sampler.finished).any()[None])
         self.logits = self._forward()
-        self.token.copy_(self.sampler.choose(self.logits))
-        self._lengths += 1
-        self._position += 1
+        self.sampler.advance(self.logits, self.progress)
 
     def _forward(self) -> Tensor:
         if self._fused is not None:
-            return self._fused(self.token, self.cache.layers)
+            return self._fused(self.progress.token, self.cache.layers)
         with attached(self.model):
             output = self.model(
-                input_ids=self.token,
+                input_ids=self.progress.token,
                 attention_mask=self._mask,
-                position_ids=self._position,
+                position_ids=self.progress.lengths[0].long()[:, None] + self.cache.fixed_tokens,
                 past_key_values=self.cache,
                 use_cache=True,
             )

@@ -78,4 +78,9 @@ def peak_weights(query: Tensor, keys: Tensor, lse: Tensor, scale: float, scales:
 
 def uses_triton(tensor: Tensor) -> bool:
     """Whether the compiled GPU operations serve tensors such as this one, [..., head_dim]."""
-    return tensor.is_cuda and tensor.shape[-1] in _GPU_HEAD_DIMS and find_spec("triton") is not None
+    return tensor.shape[-1] in _GPU_HEAD_DIMS and has_triton(tensor)
+
+
+def has_triton(tensor: Tensor) -> bool:
+    """Whether kernels of ours can be compiled for the tensor's device."""
+    return tensor.is_cuda and find_spec("triton") is not None

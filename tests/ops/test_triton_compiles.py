@@ -19,7 +19,8 @@ from triton.compiler import ASTSource, compile
 from triton.runtime.jit import JITFunction
 from squeezed.clustering import triton as clustering
 from squeezed.clustering.steps import Buckets, Centres
-from squeezed.decode import linear_triton, own, own_triton, qkv_triton
+from squeezed.decode import choose_triton, linear_triton, own, own_triton, qkv_triton
+from squeezed.decode.sampler import Progress
 from squeezed.ops.triton import OwnKeys, Tally, attend_fixed, attend_with_own, device, merge_attention, peak_weights
 from tests.ops.cases import Case, make_layer, make_query, make_recalled
 
@@ -28,7 +29,7 @@ compiled = set()
 def kind(value):
     if isinstance(value, torch.Tensor):
         names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "i8"}
-        return "*" + {**names, torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}[value.dtype]
+        return "*" + {**names, torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8", torch.bool: "i1"}[value.dtype]
     return "fp32" if isinstance(value, float) else "i32"
 
 def run(self, *args, grid, warmup, **options):
@@ -80,6 +81,8 @@ _, parts = own_triton.attend_own(query, mine, 0.1, rope)
 out = (torch.zeros(1, query.shape[1], 1, case.head_dim), torch.zeros(1, query.shape[1], 1))
 own_triton.join(parts, out, None, mine, query)
 merge_attention([out, out])
+ended, progress = torch.zeros(2, dtype=torch.bool), Progress.start(2, 1, 9, x.device)
+choose_triton.choose_largest(torch.zeros(2, 5000, dtype=half), ended, torch.zeros(3, dtype=torch.int64), 0, progress)
 for dim in (128, 256):
     keys, squares, labels = torch.zeros(2, 300, dim, dtype=torch.half), torch.zeros(2, 300), torch.zeros(2, 300).int()
     centres = Centres(torch.zeros(2, 40, dim), torch.zeros(2, 40), torch.zeros(2, 40))

@@ -250,58 +250,24 @@ def _join_parts(
                 tl.store(where_tally, so_far + tl.sum(found, axis=0) * counts_now)
     if more_out is not None:
         more_joined, more_part = join_rows(
-            more_out,
-            more_lse,
-            problem * more,
-            problem * more + more - 1,
-            part_rows,
-            row_start,
-            dim_start,
-            ROWS,
-            DIMS,
-            HEAD_DIM,
-            MORE_PARTS,
-        )
+            more_out, more_lse, problem * more, problem * more + more - 1, None, None, 0, 0, None, None, part_rows,
+            row_start, dim_start, ROWS, DIMS, HEAD_DIM, MORE_PARTS,
+        )  # fmt: skip
+    channel_scale = None
+    channel_centre = None
+    if value_scale is not None:
+        channel = (problem % kv_heads) * HEAD_DIM + dim_start + tl.arange(0, DIMS)
+        channel_scale = tl.load(value_scale + channel)
+        channel_centre = tl.load(value_centre + channel)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    if head_tiles > 0:
-        first = group_of(head_start, groups, total)
-        last = group_of(head_start + head_tiles - 1, groups, total)
-        joined, joined_lse = join_rows(
-            part_out,
-            part_lse,
-            first + order,
-            last + order,
-            part_rows,
-            row_start,
-            dim_start,
-            ROWS,
-            DIMS,
-            HEAD_DIM,
-            PARTS,
-        )
-    else:
-        joined = tl.zeros([ROWS, DIMS], tl.float32)
-        joined_lse = tl.full([ROWS], float("-inf"), tl.float32)
-    if value_scale is not None:
-        scaled = (problem % kv_heads) * HEAD_DIM + dim_start + tl.arange(0, DIMS)
-        joined = joined * tl.load(value_scale + scaled)[None, :] + tl.load(value_centre + scaled)[None, :]
-    if other_out is not None:
-        other, other_part = join_rows(
-            other_out,
-            other_lse,
-            problem * others,
-            problem * others + others - 1,
-            part_rows,
-            row_start,
-            dim_start,
-            ROWS,
-            DIMS,
-            HEAD_DIM,
-            PARTS,
-        )
-        joined, joined_lse = merge_rows(joined, joined_lse, other, other_part)
+    first = group_of(head_start, groups, total) + order
+    last = tl.where(head_tiles > 0, group_of(head_start + head_tiles - 1, groups, total) + order, first - 1)
+    joined, joined_lse = join_rows(
+        part_out, part_lse, first, last, other_out, other_lse, problem * others, others, channel_scale, channel_centre,
+        part_rows, row_start, dim_start, ROWS, DIMS, HEAD_DIM, PARTS,
+    )  # fmt: skip
     if more_out is not None:
         joined, joined_lse = merge_rows(joined, joined_lse, more_joined, more_part)
     store_result(output, lse_out, joined, joined_lse, problem, row, rows, dim_start, DIMS, HEAD_DIM)

@@ -76,27 +76,44 @@ def group_of(tile, groups, total):
 
 @triton.jit
 def join_rows(
-    part_out, part_lse, first, last, part_rows, row_start, dim_start, ROWS: tl.constexpr, DIMS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, PARTS: tl.constexpr,
+    part_out, part_lse, first, last, other_out, other_lse, first_other, others, channel_scale, channel_centre,
+    part_rows, row_start, dim_start, ROWS: tl.constexpr, DIMS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """Rows and dimensions from `row_start` and `dim_start` on of slots [first, last]: ([ROWS, DIMS], [ROWS]).
 
-    PARTS slots at a time.
+    With them, unless `other_out` is None, `others` slots of a second buffer, from `first_other` on: in one go, since
+    waiting for one buffer's parts before asking for the other's takes as long again. PARTS slots at a time.
+    `channel_scale` and `channel_centre` [DIMS], or None: of the 8-bit values whose means slots [first, last] hold.
     """
     dim = dim_start + tl.arange(0, DIMS)
     row = row_start + tl.arange(0, ROWS)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIMS], tl.float32)
-    for start in range(first, last + 1, PARTS):
+    own = last + 1 - first
+    count = own
+    if other_out is not None:
+        count += others
+    for start in range(0, count, PARTS):
         part = start + tl.arange(0, PARTS)
-        mask = part <= last
-        place = part.to(tl.int64)[:, None] * part_rows + row[None, :]
-        lse = tl.load(part_lse + place, mask=mask[:, None], other=float("-inf"), cache_modifier=".cg")
-        out = tl.load(
-            part_out + place[:, :, None] * HEAD_DIM + dim[None, None, :], mask=mask[:, None, None], other=0.0,
-            cache_modifier=".cg",
-        )  # fmt: skip
+        mask = part < count
+        place = (first + part).to(tl.int64)[:, None] * part_rows + row[None, :]
+        where_lse = part_lse + place
+        where_out = part_out + place * HEAD_DIM
+        if other_out is not None:
+            place = (first_other + part - own).to(tl.int64)[:, None] * part_rows + row[None, :]
+            where_lse = tl.where((part < own)[:, None], where_lse, other_lse + place)
+            where_out = tl.where((part < own)[:, None], where_out, other_out + place * HEAD_DIM)
+        where_out = where_out[:, :, None] + dim[None, None, :]
+        if other_out is not None:
+            # The compiler can't tell that either buffer's rows are whole words in a row.
+            where_out = tl.max_contiguous(tl.multiple_of(where_out, [1, 1, 16]), [1, 1, DIMS])
+        lse = tl.load(where_lse, mask=mask[:, None], other=float("-inf"), cache_modifier=".cg")
+        out = tl.load(where_out, mask=mask[:, None, None], other=0.0, cache_modifier=".cg")
+        if channel_scale is not None:
+            scaled = out * channel_scale[None, None, :] + channel_centre[None, None, :]
+            out = tl.where((part < own)[:, None, None], scaled, out)
         new_top = tl.maximum(top, tl.max(lse, axis=0))
         safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)  # so far every part may be empty
         weight = tl.exp2(lse - safe_top[None, :])
