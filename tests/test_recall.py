@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from squeezed import ops
+from squeezed import recall as module
 from squeezed.answer import Decoding, ask
 from squeezed.attention import attached, attend_fixed
 from squeezed.cache import FixedLayer, Selection
@@ -143,10 +144,30 @@ def test_places_in_the_text_become_places_among_the_clusters() -> None:
         assert (sizes >= 0).all()
 
 
+def test_layers_of_one_shape_are_looked_up_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(kv_heads=2, q_heads=2, clusters=40, levels=2)
+    layers = [make_layer(replace(case, seed=seed)) for seed in range(3)]
+    other = make_layer(replace(case, clusters=30))
+    weights = torch.rand(2, layers[0].tokens, generator=torch.Generator().manual_seed(2))
+    together, alone = Recall(11, [*layers, other]), Recall(11)
+    calls = []
+    monkeypatch.setattr(module, "_found", lambda *given, found=module._found: calls.append(given) or found(*given))
+    for question in (weights, weights.flip(1)):
+        for recall in (together, alone):
+            recall.observe(question)
+            assert recall.places is not None
+        for index in (*layers, other):
+            for part, expected in zip(together.within(index).tensors, alone.within(index).tensors, strict=True):
+                assert part.is_contiguous()
+                assert torch.equal(part, expected)
+        assert [len(given[2]) for given in calls] == [3, 1, 1, 1, 1, 1]
+        calls.clear()
+
+
 def test_padding_is_attended_by_nobody() -> None:
     case = Case(compensate=True, levels=2)
     query, layer = make_query(case), make_layer(case)
-    nothing = recalled_at(torch.full((1, 2, 6), -1), layer.levels)
+    nothing = recalled_at(torch.full((1, 2, 6), -1), layer.levels)[0]
     plain = ops.attend_fixed(query, layer, (-3.0, -3.0), layer.tokens, 0.1)
     padded = ops.attend_fixed(query, layer, (-3.0, -3.0), layer.tokens, 0.1, None, nothing)
     assert all(torch.equal(a, b) for a, b in zip(plain, padded, strict=True))

@@ -76,7 +76,7 @@ class DecodeStep:
         assert layer.recall is not None
         index = layer.index
         shape = (self.batch, index.keys.shape[0], layer.recall.most)
-        return recalled_at(torch.full(shape, -1, device=index.keys.device), index.levels)
+        return recalled_at(torch.full(shape, -1, device=index.keys.device), index.levels)[0]
 
     def serves(self, cache: SqueezedCache, batch: int, needed: int, sampling: Sampling) -> bool:
         """Whether this step can generate for another cache: the same fixed context, read in the same way."""

@@ -94,22 +94,29 @@ class Recalled(NamedTuple):
         return cls(slots, clusters, tuple(sizes))
 
 
-def recalled_at(places: Tensor, levels: tuple[ClusterLevel, ...]) -> Recalled:
-    """The keys at `places`, [B, kv_heads, R] int64 among the clustered keys in any order, -1 for none."""
-    clusters = levels[0].shape[1]
+def recalled_at(places: Tensor, *layers: tuple[ClusterLevel, ...]) -> list[Recalled]:
+    """The keys at `places` in each of several layers of the same shapes, given by their levels.
+
+    Args:
+        places: [B, layers * kv_heads, R] int64 among the clustered keys in any order, -1 for none.
+    """
     last = torch.iinfo(torch.int64).max
     slots = torch.where(places < 0, last, places).sort(-1).values
     present = slots < last
     slots = slots.where(present, -1)
     sizes, inside = [], slots
-    for number, level in enumerate(levels):
-        inside = _holder(inside.clamp(min=0), level.offsets)
-        taken = torch.zeros(*places.shape[:2], level.shape[1], dtype=torch.int32, device=places.device)
+    for number, level in enumerate(zip(*layers, strict=True)):
+        before = torch.cat([layer.sizes for layer in level])
+        inside = _holder(inside.clamp(min=0), torch.cat([layer.offsets for layer in level]))
+        taken = torch.zeros(places.shape[0], *before.shape, dtype=torch.int32, device=places.device)
         taken.scatter_add_(2, inside, present.int())
-        sizes.append(level.sizes - taken)
+        sizes.append(before - taken)
         if number == 0:
-            own = inside.where(present, clusters)
-    return Recalled(slots.int().contiguous(), own.int().contiguous(), tuple(sizes))
+            own = inside.where(present, before.shape[1])
+    parts = (
+        [part.contiguous() for part in tensor.chunk(len(layers), dim=1)] for tensor in (slots.int(), own.int(), *sizes)
+    )
+    return [Recalled.from_tensors(tensors) for tensors in zip(*parts, strict=True)]
 
 
 def _holder(children: Tensor, offsets: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ def make_recalled(case: Case, layer: ClusteredKeys, count: int = 30, shared: boo
         kept = row.unique()
         row.fill_(-1)[: len(kept)] = kept
     places[:, -1, -3:] = -1
-    return recalled_at(places.to(layer.keys.device), layer.levels)
+    return recalled_at(places.to(layer.keys.device), layer.levels)[0]
 
 
 def reference_selection(query: Tensor, layer: ClusteredKeys, log_thresholds: Tensor, scale: float) -> Tensor:

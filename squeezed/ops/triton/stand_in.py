@@ -74,7 +74,7 @@ def stand_in_config(head_dim: int, block_rows: int, query_bytes: int, packed: bo
         return StandInConfig(32, 1, 3, warps)
     if head_dim * query_bytes > 256:
         return StandInConfig(32, 3, 3, warps)
-    return StandInConfig(128, 1, 4, warps) if packed and 1 < block_rows <= 32 else StandInConfig(64, 3, 3, warps)
+    return StandInConfig(128, 1, 1, warps) if packed and 1 < block_rows <= 32 else StandInConfig(64, 3, 3, warps)
 
 
 @triton.jit
