@@ -74,8 +74,10 @@ class Recall:
             return None
         if id(index) not in self._within:
             assert self._weights is not None
-            alike = [layer for layer in self._layers if layer is not index and _shapes(layer) == _shapes(index)]
-            group = [index, *alike][: max(1, _KEYS_AT_ONCE // index.positions.numel())]
+            waiting = (layer for layer in self._layers if layer is not index and id(layer) not in self._within)
+            group = [index, *(layer for layer in waiting if _shapes(layer) == _shapes(index))][
+                : max(1, _KEYS_AT_ONCE // index.positions.numel())
+            ]
             found = _found(self.places, self._weights.shape[1], group)
             self._within.update(zip(map(id, group), found, strict=True))
         return self._within[id(index)]

@@ -11,7 +11,7 @@ from squeezed.answer import Answer, Conversation, Decoding, ask
 from squeezed.attention import attached
 from squeezed.context import FixedContext
 from squeezed.decode import loop
-from squeezed.decode.sampler import Progress, Sampler, Sampling, nucleus
+from squeezed.decode.sampler import Sampler, Sampling, StepState, nucleus
 from squeezed.decode.step import DecodeStep
 
 TOKENIZER = tiny.tokenizer()
@@ -145,18 +145,18 @@ def test_a_nucleus_holds_the_fewest_tokens_that_reach_top_p() -> None:
 def test_a_greedy_step_takes_the_first_of_the_largest_and_counts() -> None:
     logits = torch.randint(9, (3, 87)).float()
     expected = logits.argmax(-1)
-    progress = Progress.start(3, 2, 4, torch.device("cpu"))
-    progress.begin([[5, 6, 7], [1, 1, 0]])
+    state = StepState.start(3, 2, 4, torch.device("cpu"))
+    state.begin([[5, 6, 7], [1, 1, 0]])
     sampler = Sampler(Sampling(stops=(int(expected[0]),), pad=80), 3, 87, torch.device("cpu"))
-    sampler.advance(logits, progress)
-    assert progress.history[0].tolist() == progress.token[:, 0].tolist() == expected.tolist()
-    assert progress.lengths.tolist() == [[6, 7, 8], [2, 2, 1]]
+    sampler.advance(logits, state)
+    assert state.history[0].tolist() == state.token[:, 0].tolist() == expected.tolist()
+    assert state.lengths.tolist() == [[6, 7, 8], [2, 2, 1]]
     ended = sampler.finished.clone()
     assert ended.tolist() == (expected == expected[0]).tolist()
-    sampler.advance(logits, progress)
-    assert progress.history[1].tolist() == expected.masked_fill(ended, 80).tolist()
-    assert progress.running.item() == int(not ended.all())
-    assert progress.count.item() == 2
+    sampler.advance(logits, state)
+    assert state.history[1].tolist() == expected.masked_fill(ended, 80).tolist()
+    assert state.running.item() == int(not ended.all())
+    assert state.count.item() == 2
 
 
 def test_samples_follow_the_temperature() -> None:

@@ -20,7 +20,7 @@ from squeezed.decode import fused, loop, own, own_triton
 from squeezed.decode.choose_triton import choose_largest
 from squeezed.decode.linear_triton import Norm, Tiling, gated, project
 from squeezed.decode.qkv_triton import project_rotated
-from squeezed.decode.sampler import Progress, Sampler, Sampling, count_step
+from squeezed.decode.sampler import Sampler, Sampling, StepState, count_step
 from squeezed.decode.step import DecodeStep
 from squeezed.ops.triton import OwnKeys, Tally, attend_fixed, attend_with_own
 from tests.ops import cases as layers
@@ -233,38 +233,56 @@ def test_own_tokens_beside_the_scoring_are_those_attended_after_it(case: layers.
 
 
 @on_device
-@on_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])])
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
 @pytest.mark.parametrize(
     ("batch", "vocabulary", "stops"),
     [(1, 1, 1), (1, 1024, 0), (1, 5003, 3), (3, 2051, 2), *([] if INTERPRETED else [(1, 151936, 2), (5, 128256, 1)])],
 )
 def test_a_greedy_step_ends_in_one_launch_as_in_many(
-    batch: int, vocabulary: int, stops: int, dtype: torch.dtype
+    batch: int, vocabulary: int, stops: int, dtype: torch.dtype, penalty: float
 ) -> None:
     torch.manual_seed(vocabulary)
     device = torch.device(DEVICE)
-    plain, fast = (Progress.start(batch, 70, 5, device) for _ in range(2))
-    for progress in (plain, fast):
-        progress.begin(torch.arange(70 * batch).view(70, batch).tolist())
+    plain, fast = (StepState.start(batch, 70, 6, device) for _ in range(2))
+    for state in (plain, fast):
+        state.begin(torch.arange(70 * batch).view(70, batch).tolist())
     # Few values, so that many tie; some rows have but one that is not -inf.
-    steps = torch.randint(4, (5, batch, vocabulary), device=device).to(dtype)
+    steps = (torch.randint(7, (6, batch, vocabulary), device=device) - 2).to(dtype)
     steps[3] = float("-inf")
     steps[3, :, vocabulary // 2] = -100.0
     ending = tuple(steps[1, 0].argmax().item() + i for i in range(stops))
-    samplers = [Sampler(Sampling(stops=ending, pad=vocabulary + 7), batch, vocabulary, device) for _ in range(2)]
+    sampling = Sampling(stops=ending, pad=vocabulary + 7, repetition_penalty=penalty)
+    samplers = [Sampler(sampling, batch, vocabulary, device) for _ in range(2)]
+    for sampler in samplers:
+        sampler.begin(steps[2].argmax(-1, keepdim=True))
     for logits in steps:
         plain.token.copy_(samplers[0].choose(logits))
         count_step(plain, samplers[0].finished)
-        choose_largest(logits, samplers[1].finished, samplers[1]._stops, vocabulary + 7, fast)
-        for expected, found in zip(plain.state(), fast.state(), strict=True):
+        choose_largest(logits, samplers[1], fast)
+        before, after = (
+            [*s.changing(), *sampler.changing()] for s, sampler in zip((plain, fast), samplers, strict=True)
+        )
+        for expected, found in zip(before, after, strict=True):
             assert torch.equal(expected, found)
-        assert torch.equal(*(sampler.finished for sampler in samplers))
         assert fast.arrived.item() == 0
     assert torch.equal(plain.history, fast.history)
-    assert not stops or samplers[1].finished[0]
+    assert not stops or penalty > 1 or samplers[1].finished[0]
 
 
+@on_device
+def test_logits_that_are_no_numbers_give_a_token_of_the_vocabulary() -> None:
+    device = torch.device(DEVICE)
+    for vocabulary in (1000, 3100):
+        logits = torch.full((2, vocabulary), float("nan"), device=device)
+        logits[1, 2] = -5.0
+        sampler, state = Sampler(Sampling(), 2, vocabulary, device), StepState.start(2, 1, 2, device)
+        choose_largest(logits, sampler, state)
+        assert 0 <= state.token[0].item() < vocabulary
+        assert state.token[1].item() == 2
+
+
+@on_device
 @pytest.mark.parametrize("family", ["qwen2-bias", *([] if INTERPRETED else ["llama", "qwen3-norm-128", "mistral-64"])])
 def test_a_fused_layer_computes_what_the_models_own_does(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, model = tiny.tokenizer(), tiny.model(family)
@@ -274,7 +292,7 @@ def test_a_fused_layer_computes_what_the_models_own_does(family: str, monkeypatc
 
     def prepare(step: DecodeStep) -> None:
         assert fused.why_not(step.model, step.cache.layers, 1) is None
-        step._fused = step._checked_fused(step._state())
+        step._fused = step._checked_fused(step._copies())
         paths.append(step._fused)
 
     monkeypatch.setattr(DecodeStep, "prepare", prepare)

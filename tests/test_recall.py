@@ -162,6 +162,12 @@ def test_layers_of_one_shape_are_looked_up_together(monkeypatch: pytest.MonkeyPa
                 assert torch.equal(part, expected)
         assert [len(given[2]) for given in calls] == [3, 1, 1, 1, 1, 1]
         calls.clear()
+    monkeypatch.setattr(module, "_KEYS_AT_ONCE", 2 * layers[0].positions.numel())
+    together.observe(weights)
+    assert together.places is not None
+    for index in layers:
+        together.within(index)
+    assert [len(given[2]) for given in calls] == [2, 1]
 
 
 def test_padding_is_attended_by_nobody() -> None:

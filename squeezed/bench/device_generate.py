@@ -134,7 +134,7 @@ def forced_logits(
         step.prepare()
         found = []
         for token in tokens:
-            step.progress.token.fill_(token)
+            step.state.token.fill_(token)
             step.run()
             found.append(step.logits[0].float())
         step.end(cache, len(tokens))

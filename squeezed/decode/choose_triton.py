@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from squeezed.decode.sampler import Progress
+from squeezed.decode.sampler import Sampler, StepState
 from squeezed.ops.triton import device as dev
 
 _PIECE = 1024  # logits of a program
@@ -21,6 +21,7 @@ _PIECE = 1024  # logits of a program
 @triton.jit
 def _choose(
     logits,
+    seen,
     finished,
     stops,
     best,
@@ -36,21 +37,29 @@ def _choose(
     counters,
     pad,
     stop_count,
+    penalty,
     BLOCK: tl.constexpr,
     BLOCK_PIECES: tl.constexpr,
     BLOCK_COUNTERS: tl.constexpr,
     BLOCK_STOPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Each program finds the largest of its piece of a row; the one that ends last does all the rest."""
+    """Each program finds the largest of its piece of a row; the one that arrives last does all the rest.
+
+    What the others left is published by the release of their arrival, and read behind the L1 cache.
+    """
     piece = tl.program_id(0)
     pieces = tl.num_programs(0)
     row = tl.program_id(1)
     index = piece * BLOCK + tl.arange(0, BLOCK)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    where = logits + row.to(tl.int64) * vocabulary + index
-    found = tl.load(where, mask=index < vocabulary, other=float("-inf")).to(tl.float32)
+    where = row.to(tl.int64) * vocabulary + index
+    found = tl.load(logits + where, mask=index < vocabulary, other=float("-inf")).to(tl.float32)
+    if seen is not None:
+        again = tl.load(seen + where, mask=index < vocabulary, other=0) != 0
+        found = tl.where(again, tl.where(found < 0, found * penalty, tl.div_rn(found, penalty)), found)
+    found = tl.where(found == found, found, float("-inf"))  # a NaN may win, and not at its own place
     largest, lane = tl.max(found, axis=0, return_indices=True)
     tl.store(best + row * pieces + piece, largest)
     tl.store(place + row * pieces + piece, piece * BLOCK + lane)
@@ -66,6 +75,8 @@ def _choose(
             places = tl.load(place + question * pieces + each, mask=mask, other=0, cache_modifier=".cg")
             _, winner = tl.max(bests, axis=0, return_indices=True)
             chosen = tl.sum(tl.where(each == winner, places, 0), axis=0).to(tl.int64)
+            if seen is not None:
+                tl.store(seen + question * vocabulary + chosen, True)
             ended = tl.load(finished + question) != 0
             chosen = tl.where(ended, pad, chosen)
             ended = ended | (tl.sum((stop == chosen).to(tl.int32), axis=0) > 0)
@@ -83,14 +94,11 @@ def _choose(
         tl.store(arrived, 0)
 
 
-def choose_largest(logits: Tensor, finished: Tensor, stops: Tensor, pad: int, progress: Progress) -> None:
-    """The first of the largest logits of each question, and the rest of `Sampler.advance`.
+def choose_largest(logits: Tensor, sampler: Sampler, state: StepState) -> None:
+    """`Sampler.advance` at temperature 0.
 
     Args:
-        logits: [B, vocabulary] contiguous, float32, float16 or bfloat16.
-        finished: [B] bool, updated.
-        stops: [n] int64, tokens that end an answer; may be empty.
-        pad: chosen for questions that have ended.
+        logits: [B, vocabulary] float32, float16 or bfloat16.
     """
     batch, vocabulary = logits.shape
     pieces = triton.cdiv(vocabulary, _PIECE)
@@ -98,25 +106,27 @@ def choose_largest(logits: Tensor, finished: Tensor, stops: Tensor, pad: int, pr
     place = torch.empty(batch, pieces, dtype=torch.int32, device=logits.device)
     _choose[(pieces, batch)](
         logits.contiguous(),
-        finished,
-        stops,
+        sampler.seen,
+        sampler.finished,
+        sampler.stops,
         best,
         place,
-        progress.arrived,
-        progress.token,
-        progress.lengths,
-        progress.running,
-        progress.history,
-        progress.count,
+        state.arrived,
+        state.token,
+        state.lengths,
+        state.running,
+        state.history,
+        state.count,
         vocabulary,
         batch,
-        progress.lengths.numel(),
-        pad,
-        stops.numel(),
+        state.lengths.numel(),
+        sampler.sampling.pad,
+        sampler.stops.numel(),
+        float(sampler.sampling.repetition_penalty),
         BLOCK=_PIECE,
         BLOCK_PIECES=triton.next_power_of_2(pieces),
         BLOCK_COUNTERS=64,
-        BLOCK_STOPS=triton.next_power_of_2(max(1, stops.numel())),
+        BLOCK_STOPS=triton.next_power_of_2(max(1, sampler.stops.numel())),
         num_warps=4,
         **dev.launch_options(logits.device),
     )

@@ -116,7 +116,7 @@ def generate(
             if answers.ended:
                 break
             step.run()
-            under_way.append(_Read(step.progress.history[number], copying))
+            under_way.append(_Read(step.state.history[number], copying))
             if len(under_way) > _AHEAD:
                 answers.add(under_way.popleft().tokens())
         while under_way and not answers.ended:

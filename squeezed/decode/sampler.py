@@ -11,7 +11,7 @@ from squeezed import ops
 
 
 @dataclass(frozen=True)
-class Progress:
+class StepState:
     """What a step leaves on the device for the next one, and for the host to read.
 
     Attributes:
@@ -31,7 +31,7 @@ class Progress:
     arrived: Tensor
 
     @classmethod
-    def start(cls, batch: int, counters: int, steps: int, device: torch.device) -> Progress:
+    def start(cls, batch: int, counters: int, steps: int, device: torch.device) -> StepState:
         """Before the first of at most `steps` steps."""
         return cls(
             token=torch.zeros(batch, 1, dtype=torch.int64, device=device),
@@ -48,8 +48,8 @@ class Progress:
         self.running.fill_(1)
         self.count.zero_()
 
-    def state(self) -> list[Tensor]:
-        """The tensors that a step changes, but for the row of `history` that it writes."""
+    def changing(self) -> list[Tensor]:
+        """The tensors that a step changes, but for the row of `history` that it writes and `arrived`, zero again."""
         return [self.token, self.lengths, self.running, self.count]
 
 
@@ -77,65 +77,68 @@ class Sampler:
 
     Attributes:
         finished: [B] bool, whether a stop token was chosen.
+        stops: [n] int64, tokens that end an answer.
+        seen: [B, vocabulary] bool, tokens of questions and answers; None without a repetition penalty.
+        in_one_launch: whether a kernel of ours may end a greedy step.
     """
 
     def __init__(self, sampling: Sampling, batch: int, vocabulary: int, device: torch.device) -> None:
         self.sampling = sampling
         self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
-        self._stops = torch.tensor(sampling.stops, dtype=torch.int64, device=device)
+        self.in_one_launch = True
+        self.stops = torch.tensor(sampling.stops, dtype=torch.int64, device=device)
         penalised = sampling.repetition_penalty != 1.0
-        self._seen = torch.zeros(batch, vocabulary, dtype=torch.bool, device=device) if penalised else None
+        self.seen = torch.zeros(batch, vocabulary, dtype=torch.bool, device=device) if penalised else None
 
     def begin(self, ids: Tensor) -> None:
         """Start over with questions [B, L]."""
         self.finished.zero_()
-        if self._seen is not None:
-            self._seen.zero_()
-            self._seen.scatter_(1, ids, True)
+        if self.seen is not None:
+            self.seen.zero_()
+            self.seen.scatter_(1, ids, True)
 
-    def state(self) -> list[Tensor]:
+    def changing(self) -> list[Tensor]:
         """The tensors that `choose` changes."""
-        return [self.finished] if self._seen is None else [self.finished, self._seen]
+        return [self.finished] if self.seen is None else [self.finished, self.seen]
 
     def choose(self, logits: Tensor) -> Tensor:
         """The next token [B, 1] int64, given logits [B, vocabulary]."""
         sampling, scores = self.sampling, logits
-        if sampling.temperature > 0 or self._seen is not None:
+        if sampling.temperature > 0 or self.seen is not None:
             scores = logits.float()
-        if self._seen is not None:
+        if self.seen is not None:
             penalty = sampling.repetition_penalty
-            scores = torch.where(self._seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+            scores = torch.where(self.seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
         if sampling.temperature > 0:
             scores = nucleus(scores / sampling.temperature, sampling.top_p)
             # The largest of exponentially distributed times, scaled, is a draw: nothing has to be read to make it.
             token = (scores.softmax(-1) / torch.empty_like(scores).exponential_()).argmax(-1, keepdim=True)
         else:
             token = scores.argmax(-1, keepdim=True)
-        if self._seen is not None:
-            self._seen.scatter_(1, token, True)
+        if self.seen is not None:
+            self.seen.scatter_(1, token, True)
         if sampling.stops:
             token = token.masked_fill(self.finished[:, None], sampling.pad)
-            self.finished |= (token == self._stops).any(-1)
+            self.finished |= (token == self.stops).any(-1)
         return token
 
-    def advance(self, logits: Tensor, progress: Progress) -> None:
+    def advance(self, logits: Tensor, state: StepState) -> None:
         """End a step: choose as `choose` does, given logits [B, vocabulary], and leave what the next step needs."""
-        greedy = self.sampling.temperature == 0 and self._seen is None
-        if greedy and ops.has_triton(logits):
+        if self.in_one_launch and self.sampling.temperature == 0 and ops.has_triton(logits):
             from squeezed.decode.choose_triton import choose_largest
 
-            choose_largest(logits, self.finished, self._stops, self.sampling.pad, progress)
+            choose_largest(logits, self, state)
             return
-        progress.token.copy_(self.choose(logits))
-        count_step(progress, self.finished)
+        state.token.copy_(self.choose(logits))
+        count_step(state, self.finished)
 
 
-def count_step(progress: Progress, finished: Tensor) -> None:
+def count_step(state: StepState, finished: Tensor) -> None:
     """What a step leaves besides its token, given the questions that have ended by now, [B] bool."""
-    progress.lengths.add_(1)
-    progress.running.copy_((~finished).any()[None])
-    progress.history.index_copy_(0, progress.count, progress.token.T)
-    progress.count.add_(1)
+    state.lengths.add_(1)
+    state.running.copy_((~finished).any()[None])
+    state.history.index_copy_(0, state.count, state.token.T)
+    state.count.add_(1)
 
 
 def nucleus(scores: Tensor, top_p: float) -> Tensor:

@@ -12,7 +12,7 @@ from squeezed.attention import attached, takes_everything
 from squeezed.cache import FixedLayer, FixedSlidingLayer, Read, SqueezedCache
 from squeezed.decode import fused
 from squeezed.decode.own import OwnTokens
-from squeezed.decode.sampler import Progress, Sampler, Sampling
+from squeezed.decode.sampler import Sampler, Sampling, StepState
 from squeezed.models import rope_switch
 from squeezed.ops.layout import Recalled, recalled_at
 
@@ -21,7 +21,7 @@ class DecodeStep:
     """A step for one model, fixed context and batch size, to be used for one generation after another.
 
     Attributes:
-        progress: with the token to be fed; a step leaves the next one there.
+        state: with the token to be fed; a step leaves the next one there.
         logits: [B, vocabulary], of the latest step.
         path: how it runs: `fused graph` (our own kernels for the whole layer), `graph` (the model's own code), or
             `eager` and why.
@@ -41,7 +41,7 @@ class DecodeStep:
         device = model.device
         # Row 0 counts the own tokens; each sliding-window layer's tail makes its count differ.
         sliding = [i for i, layer in enumerate(cache.layers) if isinstance(layer, FixedSlidingLayer)]
-        self.progress = Progress.start(batch, 1 + len(sliding), capacity, device)
+        self.state = StepState.start(batch, 1 + len(sliding), capacity, device)
         self._own = [
             self._buffer(layer, sliding.index(i) + 1 if i in sliding else 0) for i, layer in enumerate(cache.layers)
         ]
@@ -61,7 +61,7 @@ class DecodeStep:
         keys, values = (
             part.new_zeros(self.batch, part.shape[1], slots, part.shape[3]) for part in (found, layer.values)
         )
-        own = OwnTokens(keys, values, self.progress.lengths[row])
+        own = OwnTokens(keys, values, self.state.lengths[row])
         if isinstance(layer, FixedSlidingLayer):
             return replace(own, window=layer.sliding_window)
         q_heads = self.model.config.get_text_config().num_attention_heads
@@ -69,7 +69,7 @@ class DecodeStep:
         if takes_everything(query, layer):
             return own
         kept = torch.zeros(len(layer.index.levels), self.batch, dtype=torch.int64, device=keys.device)
-        own = replace(own, kept=kept, running=self.progress.running)
+        own = replace(own, kept=kept, running=self.state.running)
         return own if layer.recall is None else replace(own, recalled=self._nothing_recalled(layer))
 
     def _nothing_recalled(self, layer: FixedLayer) -> Recalled:
@@ -108,7 +108,7 @@ class DecodeStep:
                 for buffer, part in zip(own.recalled.tensors, found.tensors, strict=True):
                     buffer.copy_(part)
             layer.own = own
-        self.progress.begin(counters)
+        self.state.begin(counters)
         self.sampler.begin(ids)
         self._padding, self._length = padding, earlier + length
         if self._graph is None:
@@ -116,7 +116,7 @@ class DecodeStep:
 
     def first(self, logits: Tensor) -> Tensor:
         """Choose the first token from the question's logits [B, vocabulary]; returns [B, 1]."""
-        return self.progress.token.copy_(self.sampler.choose(logits))
+        return self.state.token.copy_(self.sampler.choose(logits))
 
     def prepare(self) -> None:
         """Capture the step in a CUDA graph, once; needs a cache and a first token."""
@@ -127,7 +127,7 @@ class DecodeStep:
         if reason is not None:
             self.path = f"eager: {reason}"
             return
-        state, random = self._state(), torch.cuda.get_rng_state(self.model.device)
+        state, random = self._copies(), torch.cuda.get_rng_state(self.model.device)
         try:
             self._fused = self._checked_fused(state)
             self._step()
@@ -141,6 +141,7 @@ class DecodeStep:
             torch.cuda.synchronize(self.model.device)
             self.path = f"eager: {str(error).strip().splitlines()[0]}"
             self._fused = None
+            self.sampler.in_one_launch = False  # what failed may be the compiler of kernels
         self._restore(state)
         torch.cuda.set_rng_state(random, self.model.device)
 
@@ -151,11 +152,11 @@ class DecodeStep:
         expected = self._forward()
         self._restore(state)
         found = fused.FusedModel(self.model, self.cache.fixed_tokens, self.capacity)
-        logits = found(self.progress.token, self.cache.layers)
+        logits = found(self.state.token, self.cache.layers)
         self._restore(state)
         return found if fused.close(logits, expected) else None
 
-    def _state(self) -> list[Tensor]:
+    def _copies(self) -> list[Tensor]:
         """Copies of everything that a step changes, but for the slots that it writes."""
         return [tensor.clone() for tensor in self._changing()]
 
@@ -165,7 +166,7 @@ class DecodeStep:
 
     def _changing(self) -> list[Tensor]:
         kept = [own.kept for own in self._own if own.kept is not None]
-        return [*self.progress.state(), *kept, *self.sampler.state()]
+        return [*self.state.changing(), *kept, *self.sampler.changing()]
 
     def run(self) -> None:
         """Feed the token, and leave the next one in its place."""
@@ -176,16 +177,16 @@ class DecodeStep:
 
     def _step(self) -> None:
         self.logits = self._forward()
-        self.sampler.advance(self.logits, self.progress)
+        self.sampler.advance(self.logits, self.state)
 
     def _forward(self) -> Tensor:
         if self._fused is not None:
-            return self._fused(self.progress.token, self.cache.layers)
+            return self._fused(self.state.token, self.cache.layers)
         with attached(self.model):
             output = self.model(
-                input_ids=self.progress.token,
+                input_ids=self.state.token,
                 attention_mask=self._mask,
-                position_ids=self.progress.lengths[0].long()[:, None] + self.cache.fixed_tokens,
+                position_ids=self.state.lengths[0].long()[:, None] + self.cache.fixed_tokens,
                 past_key_values=self.cache,
                 use_cache=True,
             )

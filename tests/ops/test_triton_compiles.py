@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 from squeezed.clustering import triton as clustering
 from squeezed.clustering.steps import Buckets, Centres
 from squeezed.decode import choose_triton, linear_triton, own, own_triton, qkv_triton
-from squeezed.decode.sampler import Progress
+from squeezed.decode.sampler import Sampler, Sampling, StepState
 from squeezed.ops.triton import OwnKeys, Tally, attend_fixed, attend_with_own, device, merge_attention, peak_weights
 from tests.ops.cases import Case, make_layer, make_query, make_recalled
 
@@ -81,8 +81,9 @@ _, parts = own_triton.attend_own(query, mine, 0.1, rope)
 out = (torch.zeros(1, query.shape[1], 1, case.head_dim), torch.zeros(1, query.shape[1], 1))
 own_triton.join(parts, out, None, mine, query)
 merge_attention([out, out])
-ended, progress = torch.zeros(2, dtype=torch.bool), Progress.start(2, 1, 9, x.device)
-choose_triton.choose_largest(torch.zeros(2, 5000, dtype=half), ended, torch.zeros(3, dtype=torch.int64), 0, progress)
+for penalty in (1.0, 1.1):
+    sampler = Sampler(Sampling(stops=(1, 2, 3), repetition_penalty=penalty), 2, 5000, x.device)
+    choose_triton.choose_largest(torch.zeros(2, 5000, dtype=half), sampler, StepState.start(2, 1, 9, x.device))
 for dim in (128, 256):
     keys, squares, labels = torch.zeros(2, 300, dim, dtype=torch.half), torch.zeros(2, 300), torch.zeros(2, 300).int()
     centres = Centres(torch.zeros(2, 40, dim), torch.zeros(2, 40), torch.zeros(2, 40))

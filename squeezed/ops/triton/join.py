@@ -91,8 +91,8 @@ def join_rows(
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIMS], tl.float32)
-    own = last + 1 - first
-    count = own
+    listed = last + 1 - first
+    count = listed
     if other_out is not None:
         count += others
     for start in range(0, count, PARTS):
@@ -102,9 +102,9 @@ def join_rows(
         where_lse = part_lse + place
         where_out = part_out + place * HEAD_DIM
         if other_out is not None:
-            place = (first_other + part - own).to(tl.int64)[:, None] * part_rows + row[None, :]
-            where_lse = tl.where((part < own)[:, None], where_lse, other_lse + place)
-            where_out = tl.where((part < own)[:, None], where_out, other_out + place * HEAD_DIM)
+            place = (first_other + part - listed).to(tl.int64)[:, None] * part_rows + row[None, :]
+            where_lse = tl.where((part < listed)[:, None], where_lse, other_lse + place)
+            where_out = tl.where((part < listed)[:, None], where_out, other_out + place * HEAD_DIM)
         where_out = where_out[:, :, None] + dim[None, None, :]
         if other_out is not None:
             # The compiler can't tell that either buffer's rows are whole words in a row.
@@ -113,7 +113,7 @@ def join_rows(
         out = tl.load(where_out, mask=mask[:, None, None], other=0.0, cache_modifier=".cg")
         if channel_scale is not None:
             scaled = out * channel_scale[None, None, :] + channel_centre[None, None, :]
-            out = tl.where((part < own)[:, None, None], scaled, out)
+            out = tl.where((part < listed)[:, None, None], scaled, out)
         new_top = tl.maximum(top, tl.max(lse, axis=0))
         safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)  # so far every part may be empty
         weight = tl.exp2(lse - safe_top[None, :])
