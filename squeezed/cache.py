@@ -165,7 +165,6 @@ class FixedLayer(DynamicLayer):
     own: OwnTokens | None = None
     recall: Recall | None = None
     observes: bool = False
-    _recalled: tuple[int, Recalled | None] = field(default=(0, None), repr=False)
 
     def recalled(self, batch: int) -> Recalled | None:
         """What each question's generated tokens attend to besides what they select; None if that is nothing."""
@@ -173,9 +172,7 @@ class FixedLayer(DynamicLayer):
             return self.own.recalled
         if self.recall is None or not self.recall.passes:
             return None
-        if self._recalled[0] != self.recall.passes:
-            self._recalled = (self.recall.passes, self.recall.within(self.index))
-        found = self._recalled[1]
+        found = self.recall.within(self.index)
         if found is None or found.slots.shape[0] in (1, batch):
             return found
         # Questions are answered several times each.

@@ -74,10 +74,9 @@ class Recall:
             return None
         if id(index) not in self._within:
             assert self._weights is not None
-            waiting = (layer for layer in self._layers if layer is not index and id(layer) not in self._within)
-            group = [index, *(layer for layer in waiting if _shapes(layer) == _shapes(index))][
-                : max(1, _KEYS_AT_ONCE // index.positions.numel())
-            ]
+            waiting = [layer for layer in self._layers if layer is not index and id(layer) not in self._within]
+            alike = [layer for layer in waiting if _shapes(layer) == _shapes(index)]
+            group = [index, *alike][: max(1, _KEYS_AT_ONCE // index.positions.numel())]
             found = _found(self.places, self._weights.shape[1], group)
             self._within.update(zip(map(id, group), found, strict=True))
         return self._within[id(index)]
@@ -92,10 +91,9 @@ def _found(places: Tensor, tokens: int, group: list[ClusteredKeys]) -> list[Reca
     positions = torch.cat([index.positions for index in group])
     heads, count = positions.shape
     # Where each place in the text lies among a head's clustered keys.
-    inverse = torch.full((heads, tokens), -1, dtype=torch.int32, device=positions.device)
-    inverse.scatter_(
-        1, positions.long(), torch.arange(count, dtype=torch.int32, device=positions.device).expand(heads, -1)
-    )
+    inverse = positions.new_full((heads, tokens), -1)
+    slots = torch.arange(count, dtype=positions.dtype, device=positions.device)
+    inverse.scatter_(1, positions.long(), slots.expand(heads, -1))
     wanted = places.unsqueeze(1).expand(-1, heads, -1)
     found = inverse.unsqueeze(0).expand(len(places), -1, -1).gather(2, wanted.clamp(min=0)).long()
     return recalled_at(found.where(wanted >= 0, -1), *(index.levels for index in group))
