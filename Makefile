@@ -18,11 +18,15 @@ test: lint $(READY)
 test-gpu:
 	$(PYTHON) -m pytest -m gpu $(PYTEST_OPTIONS)
 
-# Every kernel once on small shapes, under the checker of memory accesses that comes with CUDA.
+# Every kernel once on small shapes, under the checker of memory accesses that comes with CUDA; JOBS processes at a time.
+JOBS ?= 4
 memcheck:
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
-		$(PYTHON) -m pytest -m gpu -x tests/ops/test_triton.py tests/test_decode_kernels.py \
-		-k "float64_attention_to or recalled or stand_ins_and_eight_bits_equal or merging or appending or products or peak" $(PYTEST_OPTIONS)
+	mkdir -p build
+	$(PYTHON) -m pytest -m gpu --collect-only tests/ops/test_triton.py tests/test_decode_kernels.py \
+		-k "float64_attention_to or recalled or stand_ins_and_eight_bits_equal or merging or appending or products or peak" \
+		> build/memcheck.txt
+	grep :: build/memcheck.txt | PYTORCH_NO_CUDA_MEMORY_CACHING=1 xargs -d '\n' -P $(JOBS) -n 10 \
+		compute-sanitizer --tool memcheck --error-exitcode 9 $(PYTHON) -m pytest -m gpu -x
 
 lint: $(READY)
 	$(BIN)/ruff check .
