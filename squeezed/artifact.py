@@ -11,6 +11,7 @@ Nothing in it is code, and nothing is unpickled.
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -102,7 +103,7 @@ def prepare(folder: Path, replace_existing: bool = False) -> Iterator[Path]:
     try:
         with naming(folder):
             yield partial
-            put_in_place(partial, folder)
+            put_in_place(partial, folder, replace_existing)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -150,7 +151,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 def _restore(folder: Path) -> None:
     """Put back what a build was about to replace when it was killed between its two renames."""
-    for old in sorted(folder.parent.glob(f".{folder.name}.partial-old-*")):
+    for old in sorted(folder.parent.glob(f".{glob.escape(folder.name)}.partial-old-*")):
         if not folder.exists() and (old / MANIFEST).is_file() and not _runs(old):
             old.rename(folder)
 
@@ -163,13 +164,18 @@ def _runs(partial: Path) -> bool:
 
 def _remove_leftovers(folder: Path) -> None:
     """What killed builds of the same folder left behind; a build that still runs keeps its own."""
-    for leftover in folder.parent.glob(f".{folder.name}.partial-*"):
+    for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
         if not _runs(leftover):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def put_in_place(partial: Path, folder: Path) -> None:
-    """Rename a complete `partial` to `folder`, in place of what stands there."""
+def put_in_place(partial: Path, folder: Path, replace_existing: bool) -> None:
+    """Rename a complete `partial` to `folder`, in place of what stands there.
+
+    Raises:
+        InputError: what stands there by now may not be replaced; `partial` stays where it is.
+    """
+    check_target(folder, replace_existing)
     for path in partial.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())

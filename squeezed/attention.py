@@ -19,7 +19,7 @@ from squeezed.masks import NAME
 from squeezed.models import attention_modules, plan_layers
 from squeezed.ops import dense, voting
 from squeezed.ops.layout import ClusteredKeys, Recalled
-from squeezed.recall import clustered_weights
+from squeezed.recall import Recall, clustered_weights
 
 _OWN_LOGITS = 2**25  # logits over own tokens held at once: 128 MB
 _LISTED = 2**27  # keys that one call's work lists have room for: 512 MB
@@ -79,16 +79,28 @@ def attend_fixed(query: Tensor, layer: FixedLayer, real: list[slice] | None, sca
     if layer.observed is not None:
         layer.observed.append(query)
     output, lse = _attend_all(query, layer, real, scale)
-    if layer.recall is not None and layer.observes and layer.selection.reads_whole(query.shape[2], layer.index):
-        counting = lse
-        if real is not None:
-            counting = lse.clone()
-            for row, span in enumerate(real):
-                # Padding; and a question of a single token, which is not read whole.
-                start = span.start if span.stop - span.start > 1 else span.stop
-                counting[row, :, :start] = float("inf")
-        layer.recall.observe(clustered_weights(query, counting, layer.index, layer.window_end, scale))
+    if layer.recall is not None and layer.observes and query.shape[2] > 1:
+        _observe(query, layer, layer.recall, real, lse, scale)
     return output, lse
+
+
+def _observe(
+    query: Tensor, layer: FixedLayer, recall: Recall, real: list[slice] | None, lse: Tensor, scale: float
+) -> None:
+    """Tell `recall` what the questions that were read whole have read closely, each judged by its own length."""
+    counting = lse
+    spans = real or [slice(0, query.shape[2])] * query.shape[0]
+    whole = [layer.selection.reads_whole(span.stop - span.start, layer.index) for span in spans]
+    if not any(whole):
+        recall.forget()
+        return
+    if real is not None or not all(whole):
+        counting = lse.clone()
+        for row, span in enumerate(spans):
+            # A single token is not read whole, whatever is asked.
+            reads = whole[row] and span.stop - span.start > 1
+            counting[row, :, : span.start if reads else span.stop] = float("inf")
+    recall.observe(clustered_weights(query, counting, layer.index, layer.window_end, scale), layer.index)
 
 
 def _attend_all(query: Tensor, layer: FixedLayer, real: list[slice] | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -168,7 +180,7 @@ def takes_everything(query: Tensor, layer: FixedLayer) -> bool:
     selection, index = layer.selection, layer.index
     if selection.is_dense:
         return True
-    if not selection.adaptive or not ops.uses_triton(query):
+    if not selection.adaptive or not ops.uses_triton(query) or not dense.serves(query, index.keys):
         return False
     from squeezed.ops.triton.cost import AttentionShape, dense_microseconds, squeezed_microseconds
 

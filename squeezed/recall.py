@@ -37,17 +37,28 @@ class Recall:
     def __init__(self, most: int, layers: Sequence[ClusteredKeys] = ()) -> None:
         self.most, self._layers = most, layers
         self._within: dict[int, Recalled] = {}  # by the layer's id
+        self._observed: set[int] = set()  # layers that have spoken of the latest question, by id
         self._weights: Tensor | None = None  # [B, tokens], by place in the text
         self._places: Tensor | None = None
         self.passes = 0  # questions that have gone through
 
-    def observe(self, weights: Tensor) -> None:
-        """Add a layer's weights [B, tokens] float32, by place in the text; -inf for keys not to be recalled."""
-        if self._places is not None or self._weights is None:
-            self._weights, self._places = torch.zeros_like(weights), None
-            self._within.clear()
+    def observe(self, weights: Tensor, layer: object) -> None:
+        """Add a layer's weights [B, tokens] float32, by place in the text; -inf for keys not to be recalled.
+
+        A layer that speaks again speaks of another question.
+        """
+        if self._weights is None or id(layer) in self._observed:
+            self.forget()
+            self._weights = torch.zeros_like(weights)
             self.passes += 1
+        self._observed.add(id(layer))
         self._weights += weights
+
+    def forget(self) -> None:
+        """The latest question recalls nothing (more)."""
+        self._weights = self._places = None
+        self._within.clear()
+        self._observed.clear()
 
     @property
     def places(self) -> Tensor | None:

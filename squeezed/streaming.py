@@ -17,7 +17,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,17 +91,26 @@ def build_into(
         artifact.check_target(target, replace_existing)
         work = _Work.open(target, _key(context, chat), len(attention_modules(model)), resume)
         try:
-            probes = context.probes(model, tokenizer)
+            with _in_vain(work):
+                probes = context.probes(model, tokenizer)
             queries = config.window if probes is None else probes.tokens
             artifact.check_space(target, needed_bytes(model, context.tokens, config, queries) - work.bytes)
-            finished = _build(work, context, model, probes, on_progress)
-        except InputError:
-            work.remove()  # trying again would end in the same way
-            raise
+            with _in_vain(work):
+                finished = _build(work, context, model, probes, on_progress)
         finally:
             work.leave()
-        artifact.put_in_place(work.folder, target)
+        artifact.put_in_place(work.folder, target, replace_existing)
     return finished
+
+
+@contextmanager
+def _in_vain(work: _Work) -> Iterator[None]:
+    """Input that is refused here would be again: nothing is left to go on with."""
+    try:
+        yield
+    except InputError:
+        work.remove()
+        raise
 
 
 def unfinished_layers(folder: Path) -> int:

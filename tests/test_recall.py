@@ -69,7 +69,7 @@ def test_a_strong_weight_brings_what_follows_it_and_a_little_before() -> None:
     weights = torch.zeros(1, 400)
     weights[0, 100], weights[0, 300] = 1.0, 0.3
     recall = Recall(8)
-    recall.observe(weights)
+    recall.observe(weights, 0)
     assert sorted(recall.places[0].tolist()) == list(range(100, 108))
     nearby = passages(weights)[0]
     assert nearby[100:160].diff().le(0).all()
@@ -82,7 +82,7 @@ def test_ties_and_keys_that_are_always_attended() -> None:
     weights = torch.full((2, 960), float("-inf"))
     weights[:, 4:900] = 0.0
     recall = Recall(18)
-    recall.observe(weights)
+    recall.observe(weights, 0)
     assert recall.places.tolist() == [list(range(4, 4 + 18))] * 2
 
 
@@ -113,11 +113,36 @@ def test_a_new_question_forgets_the_one_before() -> None:
     for place in (50, 700):
         weights = torch.zeros(1, 960)
         weights[0, place] = 1.0
-        recall.observe(weights)
-        recall.observe(weights)
+        recall.observe(weights, 0)
+        recall.observe(weights, 1)
         assert place in recall.places[0].tolist()
         assert (recall.places >= place - 4).all()
     assert recall.passes == 2
+
+
+def test_a_question_answered_by_one_token_is_forgotten_too() -> None:
+    """Nobody has asked for its places when the next one comes."""
+    recall = Recall(3)
+    for place in (20, 250):
+        weights = torch.zeros(1, 400)
+        weights[0, place] = 1.0
+        for layer in range(2):
+            recall.observe(weights, layer)
+    assert sorted(recall.places[0].tolist()) == [250, 251, 252]
+    assert recall.passes == 2
+
+
+def test_a_short_question_recalls_beside_one_too_long_to_be_read_whole_and_that_one_does_not() -> None:
+    case = Case(batch=2, q_heads=4, queries=6, clusters=120)
+    query, layer = make_query(case), make_layer(case)
+    selection = Selection(ThresholdCurves.keep_everything(1), 0.5, whole=4 * layer.clustered)
+    together, alone = (FixedLayer(layer, selection, layer.tokens, recall=Recall(9), observes=True) for _ in range(2))
+    attend_fixed(query, together, [slice(2, 6), slice(0, 6)], 0.1)
+    attend_fixed(query[:1, :, 2:], alone, None, 0.1)
+    assert torch.equal(together.recall.places[:1], alone.recall.places)
+    assert (together.recall.places[1] == -1).all()
+    attend_fixed(query[1:], alone, None, 0.1)
+    assert alone.recalled(1) is None
 
 
 def test_places_in_the_text_become_places_among_the_clusters() -> None:
@@ -129,7 +154,7 @@ def test_places_in_the_text_become_places_among_the_clusters() -> None:
     weights = torch.full((2, layer.clustered + 30), float("-inf"))
     weights[:, 7 : layer.clustered + 7] = torch.rand(2, layer.clustered, generator=generator)
     recall = Recall(9)
-    recall.observe(weights)
+    recall.observe(weights, 0)
     found = recall.within(layer)
     for question in range(2):
         for head in range(3):
@@ -154,7 +179,7 @@ def test_layers_of_one_shape_are_looked_up_together(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(module, "_found", lambda *given, found=module._found: calls.append(given) or found(*given))
     for question in (weights, weights.flip(1)):
         for recall in (together, alone):
-            recall.observe(question)
+            recall.observe(question, 0)
             assert recall.places is not None
         for index in (*layers, other):
             for part, expected in zip(together.within(index).tensors, alone.within(index).tensors, strict=True):
@@ -163,7 +188,7 @@ def test_layers_of_one_shape_are_looked_up_together(monkeypatch: pytest.MonkeyPa
         assert [len(given[2]) for given in calls] == [3, 1, 1, 1, 1, 1]
         calls.clear()
     monkeypatch.setattr(module, "_KEYS_AT_ONCE", 2 * layers[0].positions.numel())
-    together.observe(weights)
+    together.observe(weights, 0)
     assert together.places is not None
     for index in layers:
         together.within(index)
@@ -200,7 +225,7 @@ def test_a_question_that_is_read_whole_is_remembered_and_its_padding_is_not() ->
         query[1:], layer.keys, layer.values, layer.levels[0].offsets, None, (0, layer.tokens), 0.1
     )
     recall = Recall(33)
-    recall.observe(clustered_weights(query[1:], lse, layer, layer.tokens, 0.1))
+    recall.observe(clustered_weights(query[1:], lse, layer, layer.tokens, 0.1), 0)
     assert torch.equal(fixed.recall.places[1:], recall.places)
     # A generated token attends to them whatever it selects; so does each of two answers to a question.
     token = make_query(replace(case, queries=1, seed=9))

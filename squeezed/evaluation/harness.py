@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,9 +12,8 @@ from squeezed.evaluation.answers import answer_questions
 from squeezed.evaluation.fidelity import measure_passage
 from squeezed.evaluation.jobs import Job, Questions, make_jobs
 from squeezed.evaluation.prepared import Subject
-from squeezed.evaluation.settings import RunConfig, RunFolder
+from squeezed.evaluation.settings import Record, RunConfig, RunFolder
 
-Record = dict[str, Any]
 OnProgress = Callable[[str, int, int | None], None]  # stage, records there are, records expected
 Load = Callable[[int], Subject]  # given the number of the worker
 _WAITING = 2  # jobs that are made ahead, per worker
@@ -38,18 +36,14 @@ def run(
     Raises:
         InputError: a folder with another run, an unknown suite, data that is missing.
     """
-    run_folder = RunFolder(folder)
-    done = run_folder.open(config)
     wanted = [row.key for row in config.rows()]
     new, expected = 0, config.expected()
-    before = len(done)
-    with run_folder.predictions.open("a", encoding="utf-8") as file:
+    with RunFolder(folder).open(config) as (done, add):
+        before = len(done)
 
         def keep(records: list[Record]) -> None:
             nonlocal new
-            for record in records:
-                file.write(json.dumps(record) + "\n")
-            file.flush()
+            add(records)
             new += len(records)
             if records:
                 on_progress(f"{records[0]['task']} at {records[0]['length']}", before + new, expected)

@@ -172,7 +172,7 @@ class ScoredLayer(RowsLayer):
             weights = lse.new_full((1, self.end), float("-inf"))
             weights[:, inner] = peak_weights(query, self.context.inner_keys, lse, scale).sum(1)
             for recall in recalls.values():
-                recall.observe(weights)
+                recall.observe(weights, self)
         return output, lse
 
     def fixed(self, query: Tensor, scale: float, mass: bool = False) -> tuple[Tensor, Tensor, Tensor]:

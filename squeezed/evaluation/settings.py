@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from filelock import FileLock, Timeout
 
 from squeezed.errors import InputError
 from squeezed.evaluation.methods import find_method
@@ -15,7 +18,9 @@ from squeezed.evaluation.rows import Row
 TEXT_SUITES = ("fidelity", "perplexity", "longppl")
 DEFAULT_METHODS = ("full", "squeezed", "squeezed-paper", "quest", "streaming", "random", "oracle")
 DEFAULT_BUDGETS = (0.1, 0.2)
-_PREDICTIONS, _CONFIG = "predictions.jsonl", "config.yaml"
+_PREDICTIONS, _CONFIG, _LOCK = "predictions.jsonl", "config.yaml", ".lock"
+_OURS = (_PREDICTIONS, _CONFIG, _LOCK, "metrics.json", "table.md")  # what a run without a record may hold
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -102,18 +107,56 @@ class RunFolder:
     def predictions(self) -> Path:
         return self.path / _PREDICTIONS
 
-    def open(self, config: RunConfig) -> set[tuple[str, str]]:
-        """Begin or continue a run: the (sample id, row key) pairs that are there already.
+    @contextmanager
+    def open(self, config: RunConfig) -> Iterator[tuple[set[tuple[str, str]], Callable[[list[Record]], None]]]:
+        """Begin or continue a run: the (sample id, row key) pairs that are there already, and what adds records.
 
-        A run may be continued with more methods, budgets, lengths, tasks or samples: those there are stay.
+        A run may be continued with more methods, budgets, lengths, tasks or samples: those there are stay. Nothing is
+        written before the first record; from then on, or from the start if there are some, nobody else may add any.
 
         Raises:
-            InputError: the folder holds another run.
+            InputError: the folder holds another run, or another process adds to it.
         """
+        merged = self._merged(config)
+        lock, file = FileLock(self.path / _LOCK, timeout=0), None
+
+        def begin() -> TextIO:
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire()
+            except Timeout:
+                raise InputError(
+                    f"another squeeze eval is writing to {self.path}; wait for it, or give another folder to -o"
+                ) from None
+            self.write_config(merged)
+            whole = self._whole_lines()
+            if self.predictions.exists() and len(whole) < self.predictions.stat().st_size:
+                self.predictions.write_bytes(whole)  # a last line that was cut off by an interrupt is asked again
+            return self.predictions.open("a", encoding="utf-8")
+
+        def add(records: list[Record]) -> None:
+            nonlocal file
+            file = file or begin()
+            for record in records:
+                file.write(json.dumps(record) + "\n")
+            file.flush()
+
+        try:
+            if self._whole_lines():
+                file = begin()
+            yield {(record["id"], record["row"]) for record in self.records()}, add
+        finally:
+            if file is not None:
+                file.close()
+                (self.path / _LOCK).unlink(missing_ok=True)
+                lock.release()
+
+    def _merged(self, config: RunConfig) -> RunConfig:
+        """What the folder holds after it was continued; a run without a record is none."""
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file; give a folder to -o")
         merged = config
-        if (self.path / _CONFIG).exists():
+        if (self.path / _CONFIG).exists() and self._whole_lines():
             before = self.config()
             merged = _union(before, config)
             for name in ("suite", "model", "dtype", "data", "seed", "question"):
@@ -122,11 +165,9 @@ class RunFolder:
                         f"{self.path} holds a run with {name} {getattr(before, name)!r}, not "
                         f"{getattr(config, name)!r}; give another folder to -o"
                     )
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and any(path.name not in _OURS for path in self.path.iterdir()):
             raise InputError(f"{self.path} is not empty and holds no run; give another folder to -o")
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.write_config(merged)
-        return {(record["id"], record["row"]) for record in self.records()}
+        return merged
 
     def write_config(self, config: RunConfig) -> None:
         """As YAML; JSON values are YAML too, so nothing is needed to write or read it."""
@@ -152,20 +193,19 @@ class RunFolder:
             raise InputError(f"{path} can't be read ({error}); it was written by another version or changed") from error
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """All answers so far. A last line that was cut off by an interrupt is dropped, and asked again."""
-        if not self.predictions.exists():
-            return
-        text = self.predictions.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]
-        if len(whole) < len(text):
-            self.predictions.write_bytes(whole)
-        for number, line in enumerate(whole.decode("utf-8").splitlines(), 1):
+        """All answers so far, but for a last line that is not whole: just being written, or cut off by an interrupt."""
+        for number, line in enumerate(self._whole_lines().decode("utf-8").splitlines(), 1):
             try:
                 yield json.loads(line)
             except ValueError as error:
                 raise InputError(
                     f"{self.predictions}:{number} is not JSON; the run is damaged, start another"
                 ) from error
+
+
+    def _whole_lines(self) -> bytes:
+        text = self.predictions.read_bytes() if self.predictions.exists() else b""
+        return text[: text.rfind(b"\n") + 1]
 
 
 def _union(before: RunConfig, now: RunConfig) -> RunConfig:

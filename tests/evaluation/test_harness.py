@@ -108,6 +108,30 @@ def test_another_run_in_the_folder_is_refused_in_one_line(tmp_path: Path, change
     assert "\n" not in str(caught.value)
 
 
+def test_a_run_that_fails_before_its_first_answer_leaves_nothing_behind(tmp_path: Path) -> None:
+    def refused(number: int) -> Subject:
+        raise InputError("no such model")
+
+    with pytest.raises(InputError, match="no such model"):
+        run(replace(CONFIG, data="nope"), tmp_path / "run", refused)
+    assert not (tmp_path / "run").exists()
+    assert run(replace(CONFIG, samples=1), tmp_path / "run", load) == 2 * 3
+
+
+def test_only_one_process_adds_to_a_run_and_readers_leave_it_as_it_is(tmp_path: Path) -> None:
+    run(replace(CONFIG, samples=1), tmp_path, load)
+    with RunFolder(tmp_path).open(CONFIG) as (done, add):
+        add([{"id": "x", "row": "full"}])
+        half = '{"id": "half'
+        with (tmp_path / "predictions.jsonl").open("a") as file:
+            file.write(half)
+        assert len(list(RunFolder(tmp_path).records())) == len(done) + 1
+        assert (tmp_path / "predictions.jsonl").read_text().endswith(half)
+        with pytest.raises(InputError, match="another squeeze eval"):
+            run(CONFIG, tmp_path, load)
+    assert not (tmp_path / ".lock").exists()
+
+
 def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(InputError, match="not empty"):
@@ -179,5 +203,5 @@ def test_the_report_has_means_intervals_table_and_pictures(tmp_path: Path) -> No
 
 
 def test_a_report_of_a_run_without_answers_is_empty(tmp_path: Path) -> None:
-    RunFolder(tmp_path).open(CONFIG)
+    RunFolder(tmp_path).write_config(CONFIG)
     assert write_report(tmp_path)["lengths"] == {}
