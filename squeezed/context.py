@@ -393,10 +393,15 @@ class FixedContext:
 
     def room(self, model: PreTrainedModel) -> int | None:
         """Tokens that fit after the fixed context; None if the model sets no limit."""
-        limit, (_, switch) = max_positions(model), rope_switch(model)
-        if switch is not None and self.tokens <= switch:
-            limit = switch  # beyond it the fixed keys would have to be rotated otherwise
-        return None if limit is None else limit - self.tokens
+        return room_behind(model, self.tokens)
+
+
+def room_behind(model: PreTrainedModel, tokens: int) -> int | None:
+    """Tokens that fit behind that many fixed ones; None if the model sets no limit."""
+    limit, (_, switch) = max_positions(model), rope_switch(model)
+    if switch is not None and tokens <= switch:
+        limit = switch  # beyond it the fixed keys would have to be rotated otherwise
+    return None if limit is None else limit - tokens
 
 
 def pad_left(

@@ -383,11 +383,11 @@ def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing(
 
 
 def test_leftovers_of_a_build_that_still_runs_are_spared(context: FixedContext, tmp_path: Path) -> None:
-    running = tmp_path / f".manual.partial-{os.getppid()}"
-    dead = tmp_path / ".manual.partial-999999999"
+    running = tmp_path / f".manual[1].partial-{os.getppid()}"
+    dead = tmp_path / ".manual[1].partial-999999999"
     for folder in (running, dead):
         folder.mkdir()
-    context.save(tmp_path / "manual")
+    context.save(tmp_path / "manual[1]")
     assert running.exists()
     assert not dead.exists()
 

@@ -142,6 +142,16 @@ def test_a_nucleus_holds_the_fewest_tokens_that_reach_top_p() -> None:
         assert nucleus(scores, top_p)[0].isfinite().nonzero().flatten().tolist() == expected
 
 
+def test_padding_is_no_token_that_was_seen() -> None:
+    sampler = Sampler(Sampling(repetition_penalty=2.0), 2, 12, torch.device("cpu"))
+    sampler.begin(torch.tensor([[9, 9, 3], [9, 4, 5]]), [2, 0])
+    logits = torch.zeros(2, 12)
+    logits[:, 9], logits[:, 5] = 3.0, 2.0
+    assert sampler.choose(logits)[:, 0].tolist() == [9, 9 if 3.0 / 2 > 2.0 / 2 else 5]
+    assert sampler.seen is not None
+    assert sampler.seen.nonzero().tolist() == [[0, 3], [0, 9], [1, 4], [1, 5], [1, 9]]
+
+
 def test_a_greedy_step_takes_the_first_of_the_largest_and_counts() -> None:
     logits = torch.randint(9, (3, 87)).float()
     expected = logits.argmax(-1)

@@ -255,7 +255,7 @@ def test_a_greedy_step_ends_in_one_launch_as_in_many(
     sampling = Sampling(stops=ending, pad=vocabulary + 7, repetition_penalty=penalty)
     samplers = [Sampler(sampling, batch, vocabulary, device) for _ in range(2)]
     for sampler in samplers:
-        sampler.begin(steps[2].argmax(-1, keepdim=True))
+        sampler.begin(steps[2].argmax(-1, keepdim=True), [0] * batch)
     for logits in steps:
         plain.token.copy_(samplers[0].choose(logits))
         count_step(plain, samplers[0].finished)

@@ -287,3 +287,17 @@ def test_a_negative_number_is_refused() -> None:
     _, _, context = build(recall=10)
     with pytest.raises(InputError, match="recall is -1: expected 0 or more"):
         context.cache(recall=-1)
+
+
+def test_everything_is_taken_only_where_a_dense_kernel_reads_these_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one, attention selects whatever the cost model says, and a step has to know."""
+    from squeezed.attention import takes_everything
+    from squeezed.ops import dense
+
+    monkeypatch.setattr(ops, "uses_triton", lambda tensor: True)
+    monkeypatch.setattr("squeezed.ops.triton.cost.dense_microseconds", lambda shape: 0.0)
+    query, layer = make_query(Case()), make_layer(Case())
+    fixed = FixedLayer(layer, Selection(ThresholdCurves.keep_everything(1), 0.5, adaptive=True), layer.tokens)
+    for served in (True, False):
+        monkeypatch.setattr(dense, "serves", lambda *_, served=served: served)
+        assert takes_everything(query, fixed) is served

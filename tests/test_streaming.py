@@ -320,6 +320,39 @@ def test_a_disk_that_is_too_small_is_named_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_grown_too_small_does_not_cost_what_is_finished(
+    llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "manual"
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        killed_in(2, patched)
+        build(target, llama)
+    finished = unfinished_layers(target)
+    assert finished > 0
+    with monkeypatch.context() as patched:
+        usage = shutil.disk_usage(tmp_path)
+        patched.setattr(artifact.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        with pytest.raises(InputError, match="free some space"):
+            build(target, llama)
+    assert unfinished_layers(target) == finished
+
+
+def test_what_has_come_to_stand_at_the_target_is_not_replaced(
+    llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, real = tmp_path / "manual", streaming.prepare_layer
+
+    def slow(*arguments: Any) -> Any:
+        target.mkdir(exist_ok=True)
+        (target / "thesis.txt").write_text("mine")
+        return real(*arguments)
+
+    monkeypatch.setattr(streaming, "prepare_layer", slow)
+    with pytest.raises(InputError, match="exists already"):
+        build(target, llama)
+    assert [path.name for path in target.iterdir()] == ["thesis.txt"]
+
+
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="only root can mount a small disk")
 def test_a_disk_that_fills_up_is_named(llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(tmp_path)], check=False).returncode:

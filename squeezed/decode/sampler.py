@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,12 +91,13 @@ class Sampler:
         penalised = sampling.repetition_penalty != 1.0
         self.seen = torch.zeros(batch, vocabulary, dtype=torch.bool, device=device) if penalised else None
 
-    def begin(self, ids: Tensor) -> None:
-        """Start over with questions [B, L]."""
+    def begin(self, ids: Tensor, padding: Sequence[int]) -> None:
+        """Start over with questions [B, L], left-padded by `padding` tokens each, which don't count as seen."""
         self.finished.zero_()
         if self.seen is not None:
             self.seen.zero_()
-            self.seen.scatter_(1, ids, True)
+            for seen, row, count in zip(self.seen, ids, padding, strict=True):
+                seen[row[count:]] = True
 
     def changing(self) -> list[Tensor]:
         """The tensors that `choose` changes."""

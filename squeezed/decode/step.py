@@ -109,7 +109,7 @@ class DecodeStep:
                     buffer.copy_(part)
             layer.own = own
         self.state.begin(counters)
-        self.sampler.begin(ids)
+        self.sampler.begin(ids, padding)
         self._padding, self._length = padding, earlier + length
         if self._graph is None:
             self.cache = cache

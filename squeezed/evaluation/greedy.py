@@ -1,5 +1,7 @@
 """Greedy answers of many rows at once, token for token those of generating one after another, in few forward passes.
 
+No repetition penalty applies, whatever the model's generation settings say: scores are those of the attention alone.
+
 Every token selects for itself (but for a question that is read whole, at once, before), so what a row attends to at a
 position does not depend on how many positions one pass covers. A guessed continuation can therefore be checked in one
 pass: as long as the row's own highest token equals the guess, the guess is the row's greedy answer. The guess is the

@@ -12,14 +12,13 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from squeezed.errors import InputError
-from squeezed.evaluation.data import read_json
+from squeezed.evaluation.data import ESSAYS, read_essays
 from squeezed.evaluation.sample import Sample
 from squeezed.evaluation.settings import RunConfig
 
 QUESTION_ROOM, ANSWER_ROOM = 160, 128  # tokens of a length that are left to question and answer
 CONTINUED = 256  # held-out tokens behind each text
 MOST_HELD_OUT_SHARE = 0.25
-ESSAYS = "PaulGrahamEssays.json"
 
 
 @dataclass(frozen=True)
@@ -128,10 +127,8 @@ def _text_folder(data: str) -> Iterator[Path]:
     if not essays.is_file():
         yield path
         return
-    content = read_json(essays)
-    if not isinstance(content, dict) or not isinstance(content.get("text"), str):
-        raise InputError(f"{essays} has no text: expected an object with a string under text")
+    text = read_essays(essays)
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / f"{essays.stem}.txt"
-        plain.write_text(content["text"], encoding="utf-8")
+        plain.write_text(text, encoding="utf-8")
         yield plain

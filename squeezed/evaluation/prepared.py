@@ -14,14 +14,15 @@ from squeezed import template
 from squeezed.answer import _stop_tokens
 from squeezed.cache import FixedLayer
 from squeezed.config import BuildConfig
-from squeezed.context import FixedContext
+from squeezed.context import FixedContext, room_behind
 from squeezed.errors import InputError
 from squeezed.evaluation.methods.base import LayerContext, Method
 from squeezed.evaluation.methods.squeezed import Squeezed, sparsity_for
 from squeezed.evaluation.place import Place
 from squeezed.evaluation.rows import Group, Row, RowsLayer, ScoredLayer, SlidingRowsLayer
-from squeezed.models import attention_modules, max_positions, model_identity, tokenizer_identity
+from squeezed.models import attention_modules, model_identity, tokenizer_identity
 from squeezed.prefill import PrefilledLayer, prefill
+from squeezed.preparation import scale_of
 
 SINKS, WINDOW = BuildConfig().sinks, BuildConfig().window
 _CHUNK = {"cpu": 512, "cuda": 2048}
@@ -76,8 +77,7 @@ class Prepared:
         self.layers: list[LayerContext] = []
         for layer, module in zip(self._prefilled, attention_modules(subject.model), strict=True):
             if layer.queries is not None:
-                scale = float(getattr(module, "scaling", None) or module.head_dim**-0.5)  # type: ignore[operator]
-                number = len(self.layers)
+                number, scale = len(self.layers), scale_of(module)
                 context = LayerContext(layer.keys, layer.values, layer.queries, scale, number, SINKS, WINDOW)
                 self.layers.append(context)
         self._states: dict[tuple[Method, Hashable], list[Any]] = {}
@@ -141,8 +141,7 @@ class Prepared:
 
     def room(self) -> int | None:
         """Tokens that fit behind the context."""
-        limit = max_positions(self.subject.model)
-        return None if limit is None else limit - self.tokens
+        return room_behind(self.subject.model, self.tokens)
 
     def rows(self, rows: Sequence[Row], given_up: int, capacity: int, recalls: bool = False) -> RowsCache:
         """An empty cache for one question under these rows; rows of a method must be neighbours.

@@ -20,7 +20,8 @@ Score = Callable[[str, int], float]
 
 def made(folder: Path, scores: dict[str, Score], samples: int = 60, suite: str = "ruler") -> Path:
     """A run whose row `spec@0.1` scored `scores[spec](task, number)`."""
-    RunFolder(folder).open(RunConfig(suite, "m", "float32", ("quest", "squeezed"), (0.1,)))
+    folder.mkdir(parents=True, exist_ok=True)
+    RunFolder(folder).write_config(RunConfig(suite, "m", "float32", ("quest", "squeezed"), (0.1,)))
     lines = [
         {
             "id": f"{task}/{number}",

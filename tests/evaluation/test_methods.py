@@ -174,6 +174,14 @@ def test_lsh_estimates_are_unbiased_over_seeds() -> None:
     assert float(sums.std()) < 0.5 * whole  # otherwise the test could not fail
 
 
+@pytest.mark.parametrize(("given", "bits", "tables"), [({"bits": 5}, 5, None), ({"tables": 10}, None, 10)])
+def test_lsh_chooses_only_what_it_was_not_given(given: dict[str, int], bits: int | None, tables: int | None) -> None:
+    context = bench.layer(tokens=4 + 100 + 20, kv_heads=1, group=1)
+    made = MagicPig(**given).prepare([context], 0.4)[0]
+    assert bits in (None, made.bits)
+    assert tables in (None, made.planes.shape[1] // made.bits)
+
+
 def test_the_chance_of_being_sampled_is_that_of_two_hits() -> None:
     hit, tables = torch.tensor([0.0, 0.1, 0.5, 1.0], dtype=torch.float64), 5
     hits = torch.rand(200_000, tables, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) < hit

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from suite_options import count_tokens
 
 from squeezed.demo import manual_path
 from squeezed.errors import InputError
-from squeezed.evaluation.suites.texts import key_tokens, perplexity, text_pairs
+from squeezed.evaluation.suites.texts import key_tokens, text_pairs
 from squeezed.evaluation.suites.windows import windows
 
 
@@ -54,13 +53,13 @@ def test_key_tokens_are_likely_with_the_long_context_and_much_less_with_the_shor
     assert key_tokens(long, short).tolist() == [True, False, True, False, False, False]
 
 
-def test_perplexity_is_the_inverse_geometric_mean_of_probabilities() -> None:
-    logprobs = torch.tensor([0.5, 0.25, 0.125]).log()
-    assert perplexity(logprobs) == pytest.approx(4)  # (2 * 4 * 8) ** (1/3)
-    assert perplexity(logprobs, torch.tensor([True, False, True])) == pytest.approx(4)  # (2 * 8) ** (1/2)
-    assert perplexity(logprobs, torch.tensor([False, True, False])) == pytest.approx(4)
-    assert perplexity(logprobs, torch.tensor([True, True, False])) == pytest.approx(math.sqrt(8))
-    assert math.isnan(perplexity(logprobs, torch.zeros(3, dtype=torch.bool)))
+def test_more_windows_hold_those_of_fewer_and_files_of_one_name_have_names_of_their_own(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "README.md").write_text(" ".join(f"{folder}{i}" for i in range(400)))
+    few, more = (text_pairs(tmp_path, 20, 5, count, 3, lambda text: len(text.split())) for count in (4, 12))
+    assert len({pair.id for pair in more}) == 12
+    assert {pair.id for pair in few} < {pair.id for pair in more}
 
 
 def test_windows_join_short_texts_and_cut_long_ones_between_paragraphs(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from squeezed.ops.triton.cost import AttentionShape, dense_is_faster, dense_microseconds, squeezed_microseconds
+from squeezed.ops.triton.cost import AttentionShape, dense_microseconds, squeezed_microseconds
 
 MEASURED = [  # tokens, q heads, kv heads, queries, kept share, dense and squeezed microseconds
     (524288, 32, 32, 1, 0.103, 2752.0, 388.7),
@@ -22,6 +22,10 @@ MEASURED = [  # tokens, q heads, kv heads, queries, kept share, dense and squeez
     (131072, 32, 32, 1024, 0.101, 3762.8, 833.6),
     (131072, 32, 8, 1024, 0.110, 3537.4, 924.8),
 ]
+
+
+def dense_is_faster(shape: AttentionShape) -> bool:
+    return dense_microseconds(shape) <= squeezed_microseconds(shape)
 
 
 @pytest.mark.parametrize("row", MEASURED)

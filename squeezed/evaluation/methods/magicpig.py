@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from squeezed.evaluation.methods.base import Asked, Choice, LayerContext, Method
 
 _ENTRY = 4  # bytes of a key's number in a bucket
 _MATCHES = 2**27  # comparisons of buckets held at once
-_CANDIDATES = [(bits, tables) for tables in (8, 16, 32, 64) for bits in range(2, 13)]
+_BITS, _TABLES = range(2, 13), (8, 16, 32, 64)
 
 
 class Tables(NamedTuple):
@@ -59,7 +60,7 @@ class MagicPig(Method):
         return budget
 
     def prepare(self, layers: Sequence[LayerContext], settings: float) -> list[Tables]:
-        bits, tables = (self.bits, self.tables) if self.bits and self.tables else self._fit(layers, settings)
+        bits, tables = self._fit(layers, settings)
         return [self.build(layer, bits, tables) for layer in layers]
 
     def build(self, layer: LayerContext, bits: int, tables: int) -> Tables:
@@ -72,16 +73,20 @@ class MagicPig(Method):
 
     def _fit(self, layers: Sequence[LayerContext], budget: float) -> tuple[int, int]:
         """The tables whose expected bytes, over all layers, come closest to the budget from below."""
-        expected = torch.zeros(len(_CANDIDATES), dtype=torch.float64)
+        bits, tables = ([self.bits] if self.bits else _BITS), ([self.tables] if self.tables else _TABLES)
+        candidates = list(itertools.product(bits, tables))
+        if len(candidates) == 1:
+            return candidates[0]
+        expected = torch.zeros(len(candidates), dtype=torch.float64)
         for layer in layers[:: max(1, len(layers) // 8)]:
             directions, _ = _directions(layer)
             query = layer.queries[:, -16:].float().view(layer.kv_heads, 1, -1, 16, layer.keys.shape[-1])
             closeness = collision(torch.nn.functional.normalize(query, dim=-1), directions).double()
             costs = []
-            for bits, tables in _CANDIDATES:
-                hit = closeness**bits
-                read = 1 - (1 - sampling(hit, tables)).prod(2)
-                entries = tables * hit.sum(2)
+            for width, count in candidates:
+                hit = closeness**width
+                read = 1 - (1 - sampling(hit, count)).prod(2)
+                entries = count * hit.sum(2)
                 cost = 2 * layer.row_bytes * read + _ENTRY * entries
                 costs.append(cost.sum((0, 1, 3)).mean())
             always = 2 * layer.kv_heads * (layer.sinks + layer.window) * layer.row_bytes
@@ -89,7 +94,7 @@ class MagicPig(Method):
         expected /= len(layers[:: max(1, len(layers) // 8)])
         within = [i for i, cost in enumerate(expected.tolist()) if cost <= budget]
         best = max(within, key=lambda i: float(expected[i])) if within else int(expected.argmin())
-        return _CANDIDATES[best]
+        return candidates[best]
 
     def choose(self, state: Any, asked: Asked) -> Choice:
         layer = asked.layer
@@ -98,12 +103,13 @@ class MagicPig(Method):
         direction = torch.nn.functional.normalize(asked.query.float(), dim=-1)
         heads, shape = layer.kv_heads, direction.shape[:-1]
         codes = _codes(direction.reshape(heads, -1, direction.shape[-1]), state.planes, state.bits)
-        found = torch.zeros(heads, codes.shape[1], layer.count, dtype=torch.uint8, device=codes.device)
+        counting = torch.uint8 if codes.shape[-1] < 256 else torch.int16
+        found = torch.zeros(heads, codes.shape[1], layer.count, dtype=counting, device=codes.device)
         step = max(1, _MATCHES // found.numel())
         for first in range(0, codes.shape[-1], step):
             some = slice(first, first + step)
             matches = codes.permute(2, 0, 1)[some].unsqueeze(-1) == state.codes[some].unsqueeze(2)
-            found += matches.sum(0, dtype=torch.uint8)
+            found += matches.sum(0, dtype=counting)
         found = found.view(*shape, layer.count)
         closeness = collision(direction, state.directions)
         chance = sampling(closeness**state.bits, codes.shape[-1]).clamp_(min=1e-9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -86,6 +87,14 @@ class Suite:
         if unknown:
             raise InputError(f"{self.name} has no task {', '.join(unknown)}; choose among {', '.join(known)}")
         return self.make(options.tasks or self.tasks, options)
+
+
+def drawn(count: int, of: int, seed: int | str) -> list[int]:
+    """`count` of that many, or all if there are no more, in order: those of a smaller count are among a greater's."""
+    rng, found = random.Random(seed), set[int]()
+    while len(found) < min(count, of):
+        found.add(rng.randrange(of))
+    return sorted(found)
 
 
 def in_turn(streams: Sequence[Iterator[_T]]) -> Iterator[_T]:

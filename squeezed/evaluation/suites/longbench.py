@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import random
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 from squeezed.errors import InputError
 from squeezed.evaluation import data
 from squeezed.evaluation.sample import Sample
-from squeezed.evaluation.suites.base import Suite, SuiteOptions
+from squeezed.evaluation.suites.base import Suite, SuiteOptions, drawn
 from squeezed.evaluation.suites.longbench_prompts import TASKS, Task
 
 NEEDS = (
@@ -31,9 +30,7 @@ _EXTRA = ("passage_retrieval_en",)  # LongBench has it, the paper's table does n
 def _samples(tasks: tuple[str, ...], options: SuiteOptions) -> Iterator[Sample]:
     for name in tasks:
         records = list(_records(name, options.data))
-        if len(records) > options.count:
-            chosen = sorted(random.Random(f"{options.seed}/{name}").sample(range(len(records)), options.count))
-            records = [records[i] for i in chosen]
+        records = [records[i] for i in drawn(options.count, len(records), f"{options.seed}/{name}")]
         by_context: dict[str, list[Sample]] = {}
         for record in records:
             sample = _sample(name, TASKS[name], record, options)

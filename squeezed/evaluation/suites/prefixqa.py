@@ -9,6 +9,7 @@ short answers, and has not released it. Here templates ask for facts that the te
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Iterator
 
 from squeezed.errors import InputError
@@ -39,9 +40,11 @@ def _samples(tasks: tuple[str, ...], options: SuiteOptions) -> Iterator[Sample]:
         chosen = _choose(found, missing, random.Random(f"{options.seed}/{name}"))
         if len(chosen) < _WORTHWHILE and any(left < options.count for left in missing.values()):
             continue  # what is still missing is too thinly spread: every context costs a prefill
-        for index, question in enumerate(chosen):
+        for question in chosen:
             missing[question.task] -= 1
-            yield _sample(options.id(question.task, name, index), question, prose)
+            # Which others are chosen depends on how many are asked for, so a place among them would be no name.
+            words = f"{zlib.crc32(question.text.encode()):08x}"
+            yield _sample(options.id(question.task, name, question.start, words), question, prose)
     if all(left == options.count for left in missing.values()):
         raise InputError(f"{path} has no facts to ask {', '.join(tasks)} about; expected prose with dates, names ...")
 

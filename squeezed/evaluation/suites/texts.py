@@ -6,8 +6,6 @@ model finds much likelier with the whole context than with only the last part of
 
 from __future__ import annotations
 
-import math
-import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from torch import Tensor
 
 from squeezed.errors import InputError
 from squeezed.evaluation import data
-from squeezed.evaluation.suites.base import CountTokens
+from squeezed.evaluation.suites.base import CountTokens, drawn
 
 LONG_SHORT_DIFFERENCE = 2.0  # the paper's alpha: log p with the long context less log p with the short one
 LONG_LIKELIHOOD = -2.0  # the paper's beta: log p with the long context
@@ -54,7 +52,7 @@ def text_pairs(
         InputError: no text, or none as long as one window.
     """
     found = [
-        TextPair(f"{file.stem}-{number}", *pair)
+        TextPair(f"{file.stem if file == path else file.relative_to(path)}-{number}", *pair)
         for file in data.text_files(path)
         for number, pair in enumerate(_cut(data.read_text(file), length, continuation, count_tokens))
     ]
@@ -62,9 +60,7 @@ def text_pairs(
         raise InputError(
             f"{path} has no text of {length + continuation} tokens; expected one at least that long, or ask for less"
         )
-    if len(found) <= count:
-        return found
-    return [found[i] for i in sorted(random.Random(seed).sample(range(len(found)), count))]
+    return [found[i] for i in drawn(count, len(found), seed)]
 
 
 def key_tokens(
@@ -83,17 +79,6 @@ def key_tokens(
         [tokens] bool: long - short > `difference` and long > `likelihood`.
     """
     return (long_logprobs - short_logprobs > difference) & (long_logprobs > likelihood)
-
-
-def perplexity(logprobs: Tensor, mask: Tensor | None = None) -> float:
-    """exp of the mean negative log probability, over the tokens in `mask` if given; nan if there are none.
-
-    Args:
-        logprobs: [tokens] natural logs.
-        mask: [tokens] bool, for LongPPL the key tokens.
-    """
-    chosen = logprobs if mask is None else logprobs[mask]
-    return math.exp(-float(chosen.double().mean())) if chosen.numel() else math.nan
 
 
 def _cut(text: str, length: int, continuation: int, count_tokens: CountTokens) -> Iterator[tuple[str, str]]:

@@ -91,8 +91,3 @@ def squeezed_microseconds(shape: AttentionShape, rates: DeviceRates = H100) -> f
         products += shape.queries * scored / rates.stand_in_flops
     joined = shape.batch * shape.q_heads * shape.queries / rates.joined_rows
     return start + joined + max(moved, row_flops * products)
-
-
-def dense_is_faster(shape: AttentionShape, rates: DeviceRates = H100) -> bool:
-    """Whether reading every key is expected to take less time than selecting."""
-    return dense_microseconds(shape, rates) <= squeezed_microseconds(shape, rates)
