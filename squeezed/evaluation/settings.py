@@ -202,7 +202,6 @@ class RunFolder:
                     f"{self.predictions}:{number} is not JSON; the run is damaged, start another"
                 ) from error
 
-
     def _whole_lines(self) -> bytes:
         text = self.predictions.read_bytes() if self.predictions.exists() else b""
         return text[: text.rfind(b"\n") + 1]
