@@ -52,6 +52,8 @@ class Decoding:
             raise InputError(f"temperature is {self.temperature}: expected 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top-p is {self.top_p}: expected above 0 and at most 1")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise InputError(f"seed is {self.seed}: expected 0 to {2**63 - 1}")
 
     def sow(self) -> None:
         """Seed torch's generator, if asked to."""
@@ -145,8 +147,10 @@ def ask(
             length, and on a GPU in short contexts.
 
     Raises:
-        InputError: an empty question, one that does not fit the model's positions, sparsity outside 0 to 1.
+        InputError: an empty question, one that is not UTF-8 or does not fit the model's positions, sparsity outside 0
+            to 1.
     """
+    check_questions(questions)
     answers: dict[int, Answer] = {}
     for rows in _same_seam(tokenizer, context, questions):
         batch = [questions[row] for row in rows]
@@ -154,6 +158,18 @@ def ask(
         found, _ = _generate(model, tokenizer, context, batch, inputs, decoding or Decoding(), on_text, steps)
         answers |= zip(rows, found, strict=True)
     return [answers[row] for row in range(len(questions))]
+
+
+def check_questions(questions: Sequence[str]) -> None:
+    """Refuse what can't be asked, before any work. Raises InputError: none at all, an empty one, one not UTF-8."""
+    if not questions or any(not question.strip() for question in questions):
+        raise InputError("a question is empty; ask something")
+    for question in questions:
+        try:
+            question.encode()
+        except UnicodeEncodeError as error:
+            start = question[:60] + "..." * (len(question) > 60)
+            raise InputError(f"question {start!r} is not UTF-8; convert it to UTF-8") from error
 
 
 def _same_seam(tokenizer: PreTrainedTokenizerBase, context: FixedContext, questions: Sequence[str]) -> list[list[int]]:
@@ -195,8 +211,7 @@ class Conversation:
 
     def ask(self, question: str, on_text: OnText | None = None) -> Answer:
         """Answer the next turn; see :func:`ask`."""
-        if not question.strip():
-            raise InputError("a question is empty; ask something")
+        check_questions([question])
         turns = [*self.turns, {"role": "user", "content": question}]
         given_up, (ids,) = self.context.encode(self.tokenizer, [turns])
         cache, seen = self._continue(given_up, ids)

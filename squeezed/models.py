@@ -102,6 +102,8 @@ def _source(name: str) -> tuple[str, dict[str, str]]:
         if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
             raise InputError(f"model folder {name!r} has no weights; expected *.safetensors beside config.json")
         return str(path), {}
+    if path.exists():
+        raise InputError(f"model {name!r} is a file and no .gguf; give a transformers folder, a .gguf file or demo")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise InputError(f"model {name!r} does not exist; give a transformers folder, a .gguf file, a hub name or demo")
     return name, {}

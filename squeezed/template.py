@@ -84,9 +84,14 @@ def continuation(tokenizer: PreTrainedTokenizerBase, seam: Seam, turns: Sequence
 
     Args:
         turns: alternating user and assistant messages, {"role": ..., "content": ...}, the first from the user.
+
+    Raises:
+        InputError: a turn holds the words that stand for the text while the template is rendered.
     """
     if not seam.chat:
         return _SEPARATOR.join(turn["content"] for turn in turns)
+    if any(_FIXED in turn["content"] for turn in turns):
+        raise InputError(f"a question holds {_FIXED!r}, which marks the text's place; take the two U+2063 out")
     first = {"role": "user", "content": _FIXED + _SEPARATOR + turns[0]["content"]}
     return _render(tokenizer, [first, *turns[1:]])[1]
 
@@ -121,5 +126,5 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> tupl
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     parts = prompt.split(_FIXED)
     if len(parts) != 2:
-        raise InputError("this model's chat template does not keep the user's text as it is; pass --raw instead")
+        raise InputError("this model's chat template does not keep the user's text as it is; build with --raw instead")
     return parts[0], parts[1]

@@ -118,6 +118,12 @@ def test_a_path_that_does_not_exist_is_refused(name: str) -> None:
         load_model(name)
 
 
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.md").touch()
+    with pytest.raises(InputError, match=r"is a file and no \.gguf"):
+        load_model(str(tmp_path / "a.md"))
+
+
 def test_a_folder_without_a_configuration_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no config\.json"):
         load_model(str(tmp_path))

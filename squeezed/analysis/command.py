@@ -111,9 +111,9 @@ def report(study: Study, compared: list[Comparison], written: list[Path]) -> Non
     """The answer on the terminal: times, speed-ups and limits."""
     from squeezed.analysis.study import METHODS, human, tokens_text
 
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.print(
-        f"[bold]{study.model.name}[/] on {study.device.title}: ridge {study.device.ridge:.0f} FLOP/byte, "
+        f"{study.model.name} on {study.device.title}: ridge {study.device.ridge:.0f} FLOP/byte, "
         f"batch {study.batch}, context {tokens_text(study.length)}, sparsity {study.sparsity:g}"
     )
     table = Table("method", "time per token", "speed-up", "pays from", "largest context")

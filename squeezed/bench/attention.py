@@ -100,6 +100,8 @@ def time_on_cpu(asked: Sweep, on_stage: Callable[[str], None] = lambda stage: No
     """A row for every combination, as it is done."""
     if asked.eight_bits:
         raise InputError("--eight-bits is timed on a GPU only; leave it out, or pass --device cuda")
+    if find_preset(asked.preset).key_bits == 8:
+        raise InputError(f"preset {asked.preset} is timed on a GPU only; pass --preset best, or --device cuda")
     dtype = asked.dtype or torch.float32
     for heads in asked.heads:
         for context in asked.contexts:

@@ -30,8 +30,9 @@ app = typer.Typer(
 bench_app = typer.Typer(help="Time attention and generation against the fastest dense way here.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
-output = Console()
-messages = Console(stderr=True)
+# No markup: brackets in questions, answers and names are their own.
+output = Console(markup=False, emoji=False)
+messages = Console(stderr=True, markup=False, emoji=False)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import typer
 
 from squeezed.cli import app, messages, output
 from squeezed.cli.options import Device, DType, JsonFlag, load_built_with, parse_dtype, resolve_device, source_of
+from squeezed.errors import InputError
 
 
 @app.command()
@@ -51,15 +52,23 @@ def ask(
     from squeezed.artifact import load as load_context
     from squeezed.artifact import read_manifest
     from squeezed.config import check_sparsity
-    from squeezed.errors import InputError
     from squeezed.warm_up import warm_up
 
     if sparsity is not None and error is not None:
         raise InputError("--sparsity and --error exclude each other: an error is reached by choosing the sparsity")
+    if dense and (sparsity is not None or error is not None):
+        given = "--error" if sparsity is None else "--sparsity"
+        raise InputError(f"--dense and {given} exclude each other: dense attends to everything")
     sparsity = check_sparsity(0.9 if sparsity is None else sparsity)
     decoding = answer.Decoding(max_new_tokens, temperature, top_p, seed)
     if batch and follow_up:
         raise InputError("--batch and --follow-up exclude each other: turns of a conversation come one after another")
+    if batch and not questions:
+        raise InputError(
+            "--batch answers the questions after the context and there are none; give some, or leave it out"
+        )
+    if questions:
+        answer.check_questions(questions)
     manifest = read_manifest(context)
     source = source_of(context, manifest, model)
     if resolve_device(device) == "cpu":
@@ -75,19 +84,20 @@ def ask(
         if as_json:
             print(json.dumps(result.to_dict()), flush=True)
         else:
-            output.print(f"[dim]{_cost(result)}[/dim]")
+            output.print(_cost(result), style="dim", soft_wrap=True)
 
     stream = None if as_json else _write
     if batch and questions:
         for result in answer.ask(lm, tokenizer, fixed, questions, sparsity, dense, decoding, adaptive=adaptive):
             if not as_json:
-                output.print(f"[bold]{result.question}[/bold]\n{result.text}", highlight=False)
+                output.print(result.question, style="bold", highlight=False, soft_wrap=True)
+                print(result.text, flush=True)
             show(result)
         return
     conversation = answer.Conversation(lm, tokenizer, fixed, sparsity, dense, decoding, adaptive=adaptive)
     for question in questions or _typed():
         if not as_json and questions:
-            output.print(question, style="bold", markup=False, highlight=False)
+            output.print(question, style="bold", highlight=False, soft_wrap=True)
         if follow_up or not questions:
             result = conversation.ask(question, stream)
         else:
@@ -110,7 +120,10 @@ def _typed() -> Any:
     while True:
         if interactive:
             messages.print("ask> ", end="", style="bold")
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise InputError(f"standard input is not UTF-8 ({error.reason}); convert it to UTF-8") from error
         if not line:
             return
         if line.strip():

@@ -28,7 +28,9 @@ def attention(
         list[float] | None, typer.Option(help="Share of the keys to leave out, 0 to 1. Repeatable. [0.9]")
     ] = None,
     levels: Annotated[list[int] | None, typer.Option(help="Cluster levels. Repeatable. [1]")] = None,
-    preset: Annotated[str, typer.Option(help="How the context is stored: paper, or best (ours).")] = "paper",
+    preset: Annotated[
+        str, typer.Option(help="How the context is stored: paper, best (ours), or on a GPU compact.")
+    ] = "paper",
     eight_bits: Annotated[bool, typer.Option("--eight-bits", help="Keys and values in 8 bits too. GPU.")] = False,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="All of the published comparison where nothing is given.")
@@ -59,7 +61,10 @@ def attention(
     rows: list[dict[str, Any]] = []
     run = {"device": _device_name(place), **_versions(), "rows": rows}
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{out} can't be a folder ({error.strerror}); give another to -o") from error
     with messages.status("planting keys") as status:
         if place.startswith("cuda"):
             from squeezed.bench.device_attention import time_on_device

@@ -45,7 +45,9 @@ def build(
     artifact.check_target(output.absolute(), force)
     lm, tokenizer = load(model, device, dtype)
     if done := 0 if fresh else unfinished_layers(output):
-        messages.print(f"a build into {output} was cut short after {done} layers; going on if nothing has changed")
+        messages.print(
+            f"a build into {output} was cut short after {done} layers; going on if nothing has changed", soft_wrap=True
+        )
     try:
         with Stages(messages) as stages, PeakOfBuild(lm.device) as peak:
             context = build_into(
@@ -58,9 +60,12 @@ def build(
             ) from None
         raise
     size = sum(path.stat().st_size for path in output.iterdir())
-    messages.print(f"{output}: {context.tokens:,} tokens, {size / 1e6:,.0f} MB. Ask it: squeeze ask {output} QUESTION")
+    messages.print(
+        f"{output}: {context.tokens:,} tokens, {size / 1e6:,.0f} MB. Ask it: squeeze ask {output} QUESTION",
+        soft_wrap=True,
+    )
     messages.print(str(stages), soft_wrap=True)
-    messages.print(str(peak))
+    messages.print(str(peak), soft_wrap=True)
 
 
 class PeakOfBuild:

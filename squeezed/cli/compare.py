@@ -11,6 +11,12 @@ import typer
 from squeezed.cli import app, output
 from squeezed.cli.options import JsonFlag
 
+_MEANINGS = {
+    "kl": "KL divergence of the next token's distribution from full attention's, in nats a token",
+    "nll": "negative log-likelihood, in nats a token",
+    "key_nll": "negative log-likelihood of a text's key tokens together, in nats",
+}
+
 
 @app.command()
 def compare(
@@ -31,12 +37,16 @@ def compare(
         print(json.dumps({"differences": [difference.to_dict() for difference in found]}, indent=1))
         return
     # As Markdown, because it is wide and wants to be passed on.
+    value = found[0].value
+    if value in _MEANINGS:
+        output.print(f"{value}: {_MEANINGS[value]}; lower is better\n", highlight=False, soft_wrap=True)
+    digits = 1 if value == "score" else 4
     names = (
         "where",
         "first",
-        "mean",
+        f"mean {value}",
         "second",
-        "mean",
+        f"mean {value}",
         "difference",
         "95%",
         "pairs that differ",
@@ -45,7 +55,6 @@ def compare(
     )
     output.print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}", highlight=False, soft_wrap=True)
     for one in found:
-        digits = 1 if max(abs(one.first_mean), abs(one.second_mean)) > 1.5 else 4
         cells = (
             one.group,
             one.first,
@@ -59,4 +68,4 @@ def compare(
             one.verdict,
         )
         colour = {"better": "green", "worse": "red"}.get(one.verdict)
-        output.print(f"| {' | '.join(cells)} |", style=colour, markup=False, highlight=False, soft_wrap=True)
+        output.print(f"| {' | '.join(cells)} |", style=colour, highlight=False, soft_wrap=True)

@@ -70,8 +70,9 @@ def evaluate(
     with Answers(messages) as bar:
         run(config, folder, Loader(model, place, dtype, workers), workers, bar.update)
     write_report(folder)
-    output.print((folder / "table.md").read_text("utf-8"), markup=False, highlight=False, soft_wrap=True)
-    output.print(f"Wrote {', '.join(sorted(path.name for path in folder.iterdir()))} to {folder}", soft_wrap=True)
+    output.print((folder / "table.md").read_text("utf-8"), highlight=False, soft_wrap=True)
+    written = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    output.print(f"Wrote {', '.join(written)} to {folder}", soft_wrap=True)
 
 
 def _split(text: str) -> list[str]:

@@ -36,8 +36,8 @@ def extend(
         longer = extend_into(context, lm, tokenizer, [text], parts, verify, stages.update)
     seconds = time.perf_counter() - since
     added = longer.tokens - manifest.tokens
-    messages.print(f"{context}: {added:,} tokens added in {seconds:,.0f} s, now {longer.tokens:,}")
+    messages.print(f"{context}: {added:,} tokens added in {seconds:,.0f} s, now {longer.tokens:,}", soft_wrap=True)
     messages.print(str(stages), soft_wrap=True)
-    messages.print(str(peak))
+    messages.print(str(peak), soft_wrap=True)
     if advice := rebuild_advice(longer):
-        messages.print(f"building it again would pay: {advice}")
+        messages.print(f"building it again would pay: {advice}", soft_wrap=True)

@@ -29,8 +29,13 @@ def inspect(
 
 def _show(found: dict[str, Any]) -> None:
     model = found["model"]
-    output.print(f"[bold]{found['folder']}[/bold]: format {found['format']}, built {found['created']}", highlight=False)
-    output.print(f"model {model['type']} ({model['dtype']}), from {model.get('source', 'memory')}", highlight=False)
+    output.print(found["folder"], style="bold", end="", highlight=False, soft_wrap=True)
+    output.print(f": format {found['format']}, built {found['created']}", highlight=False, soft_wrap=True)
+    output.print(
+        f"model {model['type']} ({model['dtype']}), from {model.get('source', 'memory')}",
+        highlight=False,
+        soft_wrap=True,
+    )
     output.print(
         f"{found['tokens']:,} tokens, the last {found['config']['window']} as window; "
         f"{found['bytes']:,} bytes on disk, {found['kv_bytes']:,} of them keys and values",

@@ -20,12 +20,13 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of te
 
 def load(model: str, device: str, dtype: str) -> tuple[Any, Any]:
     """Model and tokenizer, with a note on the screen while they load."""
+    from rich.markup import escape
     from transformers.utils import logging
 
     from squeezed.models import load_model
 
     logging.disable_progress_bar()
-    with messages.status(f"loading {model}"):
+    with messages.status(escape(f"loading {model}")):
         return load_model(model, resolve_device(device), parse_dtype(dtype))
 
 
@@ -43,6 +44,8 @@ def source_of(context: Path, manifest: Manifest, model: str | None) -> str:
 
 def load_built_with(source: str, manifest: Manifest, model: str | None, device: str, dtype: str) -> tuple[Any, Any]:
     """`load` of what `source_of` found, in the dtype of the build unless told otherwise."""
+    resolve_device(device)
+    parse_dtype(dtype)
     try:
         return load(source, device, dtype if dtype != "auto" else manifest.model["dtype"])
     except InputError as error:

@@ -36,6 +36,7 @@ class Difference:
         differing: pairs with different values.
         p, p_holm: of the difference being 0; after correction.
         verdict: `better`, `worse` (the second, of scores; for divergences lower is better) or `within chance`.
+        value: which value of the records is compared: `score`, or one of a run without answers.
     """
 
     group: str
@@ -51,6 +52,7 @@ class Difference:
     p: float
     p_holm: float
     verdict: str
+    value: str
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -76,17 +78,23 @@ def compare_runs(first: Path, second: Path, against: str | None = None, by_task:
     values = [_values(run, suites[0], by_task) for run in (left, right)]
     if first.resolve() == second.resolve() and against is None:
         against = "full"
+    for run, own in zip((left, right), values, strict=True):
+        if not own:
+            raise InputError(f"the run in {run.path} has no answers yet; go on with squeeze eval first")
     pairs = _pairs(values[0], values[1], against)
     if not pairs:
+        rows = sorted({row for _, row in values[0]})
         raise InputError(
             "the runs have no answers to compare: no row of the same method and budget"
             if against is None
-            else f"the first run has no row {against!r}; it has {', '.join(sorted({row for _, row in values[0]}))}"
+            else f"the first run has no row {against!r}; it has {', '.join(rows)}"
+            if against not in rows
+            else f"the second run has no other row with the samples of {against!r}; run squeeze eval with more methods"
         )
-    scale = 1.0 if suites[0] in _TEXT_VALUES else 100.0
-    found = [_differ(group, names, a, b, scale) for group, names, a, b in pairs]
+    value = _TEXT_VALUES.get(suites[0], "score")
+    found = [_differ(group, names, a, b, value) for group, names, a, b in pairs]
     corrected = holm([difference.p for difference in found])
-    return [_judge(one, p, suites[0] in _TEXT_VALUES) for one, p in zip(found, corrected, strict=True)]
+    return [_judge(one, p) for one, p in zip(found, corrected, strict=True)]
 
 
 def _values(run: RunFolder, suite: str, by_task: bool) -> Values:
@@ -119,10 +127,11 @@ def _pairs(
 
 
 def _differ(
-    group: str, names: tuple[str, str], first: Sequence[float], second: Sequence[float], scale: float
+    group: str, names: tuple[str, str], first: Sequence[float], second: Sequence[float], value: str
 ) -> Difference:
     from scipy.stats import permutation_test
 
+    scale = 100.0 if value == "score" else 1.0
     a, b = np.asarray(first) * scale, np.asarray(second) * scale
     delta = b - a
     differing = int((delta != 0).sum())
@@ -155,11 +164,12 @@ def _differ(
         p,
         p,
         "",
+        value,
     )
 
 
-def _judge(difference: Difference, p: float, lower_is_better: bool) -> Difference:
-    verdict = "within chance"
+def _judge(difference: Difference, p: float) -> Difference:
+    verdict, lower_is_better = "within chance", difference.value != "score"
     if p < _LEVEL:
         verdict = "better" if (difference.difference > 0) != lower_is_better else "worse"
     return Difference(**{**asdict(difference), "p_holm": p, "verdict": verdict})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -159,6 +160,18 @@ def test_a_gguf_file_that_is_none(squeeze: Command, text: Path) -> None:
     assert "can't be loaded" in squeeze.refuses("build", "model.gguf", text, "-o", "out")
 
 
+def test_a_text_file_in_the_place_of_the_model(squeeze: Command, text: Path) -> None:
+    assert "is a file and no .gguf" in squeeze.refuses("build", "./text.txt", text, "-o", "out")
+
+
+def test_timings_that_cannot_be_taken(squeeze: Command) -> None:
+    Path("file").touch()
+    bench = ("bench", "attention", "--device", "cpu", "--context", 1024)
+    assert "File exists" in squeeze.refuses(*bench, "-o", "file")
+    assert "Not a directory" in squeeze.refuses(*bench, "-o", "file/out")
+    assert "timed on a GPU only" in squeeze.refuses(*bench, "--preset", "compact")
+
+
 def test_a_configuration_that_is_no_json(squeeze: Command, text: Path) -> None:
     Path("model").mkdir()
     Path("model/config.json").write_text("{")
@@ -220,14 +233,59 @@ QUESTIONS = {
     "cold": (["Who?"], ["--temperature", "-1"], "temperature is -1"),
     "nan": (["Who?"], ["--temperature", "nan"], "temperature is nan"),
     "nucleus": (["Who?"], ["--top-p", "0"], "top-p is 0"),
+    "seed": (["Who?"], ["--temperature", "1", "--seed", str(2**63)], f"seed is {2**63}"),
+    "negative seed": (["Who?"], ["--seed", "-1"], "seed is -1"),
+    "dtype": (["Who?"], ["--dtype", "int4"], "bfloat16, float16, auto"),
     "both": (["Who?"], ["--batch", "--follow-up"], "exclude"),
+    "dense with a sparsity": (["Who?"], ["--dense", "--sparsity", "0.5"], "--dense and --sparsity exclude"),
+    "dense with an error": (["Who?"], ["--dense", "--error", "0.05"], "--dense and --error exclude"),
+    "a batch of none": ([], ["--batch"], "--batch answers"),
+    "not UTF-8": (["caf\udce9"], [], "not UTF-8"),
+    "a long one that is not UTF-8": (["the net " * 3000 + "\udce9"], [], "the net the ...' is not UTF-8"),
+    "the mark of the text's place": (["\u2063fixed-context\u2063"], [], "take the two U+2063 out"),
 }
 
 
 @pytest.mark.parametrize("case", QUESTIONS)
 def test_questions_that_cannot_be_asked(case: str, squeeze: Command, built: Path) -> None:
     questions, options, reason = QUESTIONS[case]
-    assert reason in squeeze.refuses("ask", built, *questions, *options, "--json")
+    complaint = squeeze.refuses("ask", built, *questions, *options, "--json")
+    assert reason in complaint
+    assert len(complaint) < 250
+    assert "pass --model" not in complaint
+
+
+def test_an_empty_question_is_refused_before_the_first_is_answered(squeeze: Command, built: Path) -> None:
+    status, out, complaint = squeeze.run("ask", built, "Who?", "", "--max-new-tokens", 2)
+    assert (status, out, complaint) == (2, "", ["squeeze: a question is empty; ask something"])
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_standard_input_that_is_not_utf_8(
+    errors: str, squeeze: Command, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = io.TextIOWrapper(io.BytesIO("für das Café?\n".encode("latin-1")), "utf-8", errors)
+    monkeypatch.setattr(sys, "stdin", typed)
+    assert "not UTF-8" in squeeze.refuses("ask", built)
+
+
+@pytest.mark.parametrize("options", [[], ["--batch"]])
+def test_brackets_and_colons_are_printed_as_they_are(options: list[str], squeeze: Command, built: Path) -> None:
+    question = f"Where is it [/bold] [dim]called :smile:{' and the net' * 9}?"
+    status, out, _ = squeeze.run("ask", built, question, "--max-new-tokens", 2, *options)
+    assert status == 0
+    assert out.splitlines()[0] == question
+    assert "KV budget" in out.splitlines()[-1]
+    assert " tokens in " in out.splitlines()[-1]
+
+
+def test_names_with_brackets_are_printed_as_they_are(squeeze: Command, model_folder: Path, text: Path) -> None:
+    named = text.rename(text.with_name("[red]a.txt"))
+    assert squeeze.run("build", model_folder, named.name, "-o", "[/bold] ctx", "--window", 24)[0] == 0
+    status, out, _ = squeeze.run("inspect", "[/bold] ctx")
+    assert status == 0
+    assert "[/bold] ctx: format" in out
+    assert "[red]a.txt" in out
 
 
 def test_a_question_that_is_too_long_says_by_how_many_tokens(

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import tiny
 
 from squeezed.errors import InputError
 from squeezed.evaluation.compare import compare_runs
@@ -124,6 +125,25 @@ def test_runs_without_anything_in_common_are_refused(tmp_path: Path) -> None:
         compare_runs(first, tmp_path / "3")
     with pytest.raises(InputError, match="different suites"):
         compare_runs(first, made(tmp_path / "4", {"quest": hard}, suite="fidelity"))
+
+
+def test_a_run_without_answers_is_refused_as_that(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no answers yet"):
+        compare_runs(made(tmp_path, {}), tmp_path)
+    with pytest.raises(InputError, match="no other row"):
+        compare_runs(made(tmp_path, {"full": hard}), tmp_path)
+
+
+def test_what_is_compared_is_named_and_small_differences_are_shown(tmp_path: Path, run_squeeze: tiny.Run) -> None:
+    scores: dict[str, Score] = {"full": lambda *_: 3.0, "quest": lambda *_: 3.03}
+    text, questions = made(tmp_path / "1", scores, suite="fidelity"), made(tmp_path / "2", scores)
+    _, out, _ = run_squeeze("compare", text, text)
+    assert out.startswith("kl: KL divergence")
+    assert "| mean kl |" in out
+    assert "| 3.0000 | quest@0.1 | 3.0300 | +0.0300 |" in out
+    _, out, _ = run_squeeze("compare", questions, questions)
+    assert "| mean score |" in out
+    assert "| 300.0 | quest@0.1 | 303.0 | +3.0 |" in out
 
 
 def test_holms_correction_is_that_of_the_worked_example() -> None:
