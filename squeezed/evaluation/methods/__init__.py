@@ -70,7 +70,8 @@ def _parse(what: str, value: str, default: Any) -> Any:
     try:
         return kind(value)
     except ValueError as error:
-        raise InputError(f"option {what} is {value!r}: expected {'an int' if kind is int else f'a {kind.__name__}'}") from error
+        expected = "an int" if kind is int else f"a {kind.__name__}"
+        raise InputError(f"option {what} is {value!r}: expected {expected}") from error
 
 
 def title(spec: str) -> str:
