@@ -117,7 +117,7 @@ class RunFolder:
         Raises:
             InputError: the folder holds another run, or another process adds to it.
         """
-        merged = self._merged(config)
+        self._merged(config)
         lock, file = FileLock(self.path / _LOCK, timeout=0), None
 
         def begin() -> TextIO:
@@ -128,7 +128,7 @@ class RunFolder:
                 raise InputError(
                     f"another squeeze eval is writing to {self.path}; wait for it, or give another folder to -o"
                 ) from None
-            self.write_config(merged)
+            self.write_config(self._merged(config))  # another run may have come and gone
             whole = self._whole_lines()
             if self.predictions.exists() and len(whole) < self.predictions.stat().st_size:
                 self.predictions.write_bytes(whole)  # a last line that was cut off by an interrupt is asked again
@@ -148,6 +148,7 @@ class RunFolder:
         finally:
             if file is not None:
                 file.close()
+            if lock.is_locked:
                 (self.path / _LOCK).unlink(missing_ok=True)
                 lock.release()
 
