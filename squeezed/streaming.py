@@ -99,7 +99,10 @@ def build_into(
                 finished = _build(work, context, model, probes, on_progress)
         finally:
             work.leave()
-        artifact.put_in_place(work.folder, target, replace_existing)
+        try:
+            artifact.put_in_place(work.folder, target, replace_existing)
+        except InputError as error:
+            raise InputError(f"{error}; the finished context is {work.folder}") from error
     return finished
 
 

@@ -349,9 +349,12 @@ def test_what_has_come_to_stand_at_the_target_is_not_replaced(
         return real(*arguments)
 
     monkeypatch.setattr(streaming, "prepare_layer", slow)
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="exists already") as caught:
         build(target, llama)
     assert [path.name for path in target.iterdir()] == ["thesis.txt"]
+    finished = next(path for path in tmp_path.iterdir() if path != target)
+    assert str(caught.value).endswith(str(finished))
+    FixedContext.load(finished)
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="only root can mount a small disk")
