@@ -88,19 +88,16 @@ def _observe(
     query: Tensor, layer: FixedLayer, recall: Recall, real: list[slice] | None, lse: Tensor, scale: float
 ) -> None:
     """Tell `recall` what the questions that were read whole have read closely, each judged by its own length."""
-    counting = lse
     spans = real or [slice(0, query.shape[2])] * query.shape[0]
     whole = [layer.selection.reads_whole(span.stop - span.start, layer.index) for span in spans]
     if not any(whole):
         recall.forget()
         return
-    if real is not None or not all(whole):
-        counting = lse.clone()
+    if real is not None:
+        lse = lse.clone()
         for row, span in enumerate(spans):
-            # A single token is not read whole, whatever is asked.
-            reads = whole[row] and span.stop - span.start > 1
-            counting[row, :, : span.start if reads else span.stop] = float("inf")
-    recall.observe(clustered_weights(query, counting, layer.index, layer.window_end, scale), layer.index)
+            lse[row, :, : span.start if whole[row] else span.stop] = float("inf")
+    recall.observe(clustered_weights(query, lse, layer.index, layer.window_end, scale), layer.index)
 
 
 def _attend_all(query: Tensor, layer: FixedLayer, real: list[slice] | None, scale: float) -> tuple[Tensor, Tensor]:

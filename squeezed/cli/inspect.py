@@ -40,6 +40,7 @@ def _show(found: dict[str, Any]) -> None:
         f"{found['tokens']:,} tokens, the last {found['config']['window']} as window; "
         f"{found['bytes']:,} bytes on disk, {found['kv_bytes']:,} of them keys and values",
         highlight=False,
+        soft_wrap=True,
     )
     files = Table("file", "characters", "tokens", title="Files")
     for part in found["parts"]:

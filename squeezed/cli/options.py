@@ -44,6 +44,7 @@ def source_of(context: Path, manifest: Manifest, model: str | None) -> str:
 
 def load_built_with(source: str, manifest: Manifest, model: str | None, device: str, dtype: str) -> tuple[Any, Any]:
     """`load` of what `source_of` found, in the dtype of the build unless told otherwise."""
+    # Refused first: what is wrong with these is not where the model is.
     resolve_device(device)
     parse_dtype(dtype)
     try:

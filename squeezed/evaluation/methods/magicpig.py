@@ -73,8 +73,8 @@ class MagicPig(Method):
 
     def _fit(self, layers: Sequence[LayerContext], budget: float) -> tuple[int, int]:
         """The tables whose expected bytes, over all layers, come closest to the budget from below."""
-        bits, tables = ([self.bits] if self.bits else _BITS), ([self.tables] if self.tables else _TABLES)
-        candidates = list(itertools.product(bits, tables))
+        given = [self.bits] if self.bits else _BITS, [self.tables] if self.tables else _TABLES
+        candidates = list(itertools.product(*given))
         if len(candidates) == 1:
             return candidates[0]
         expected = torch.zeros(len(candidates), dtype=torch.float64)
@@ -83,10 +83,10 @@ class MagicPig(Method):
             query = layer.queries[:, -16:].float().view(layer.kv_heads, 1, -1, 16, layer.keys.shape[-1])
             closeness = collision(torch.nn.functional.normalize(query, dim=-1), directions).double()
             costs = []
-            for width, count in candidates:
-                hit = closeness**width
-                read = 1 - (1 - sampling(hit, count)).prod(2)
-                entries = count * hit.sum(2)
+            for bits, tables in candidates:
+                hit = closeness**bits
+                read = 1 - (1 - sampling(hit, tables)).prod(2)
+                entries = tables * hit.sum(2)
                 cost = 2 * layer.row_bytes * read + _ENTRY * entries
                 costs.append(cost.sum((0, 1, 3)).mean())
             always = 2 * layer.kv_heads * (layer.sinks + layer.window) * layer.row_bytes
