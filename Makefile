@@ -9,12 +9,14 @@ export SQUEEZED_HOME ?= $(CURDIR)/.demo
 demo: $(READY)
 	$(BIN)/squeeze demo
 
+# Tests are of one thread each.
+PROCESSES ?= 2
 test: lint $(READY)
 	$(BIN)/python -m squeezed.demo.fetch
-	TRITON_INTERPRET=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not gpu"
+	TRITON_INTERPRET=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not gpu" -n $(PROCESSES) --dist worksteal
 
 # On a machine with a CUDA device and torch, triton and transformers already installed. Most of the time is compiling:
-# with pytest-xdist, `make test-gpu PYTEST_OPTIONS="-n 12"`.
+# `make test-gpu PYTEST_OPTIONS="-n 12"`.
 test-gpu:
 	$(PYTHON) -m pytest -m gpu $(PYTEST_OPTIONS)
 

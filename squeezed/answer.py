@@ -151,6 +151,8 @@ def ask(
             to 1.
     """
     check_questions(questions)
+    if len(questions) > 1:
+        check_room(model, tokenizer, context, questions)
     answers: dict[int, Answer] = {}
     for rows in _same_seam(tokenizer, context, questions):
         batch = [questions[row] for row in rows]
@@ -158,6 +160,15 @@ def ask(
         found, _ = _generate(model, tokenizer, context, batch, inputs, decoding or Decoding(), on_text, steps)
         answers |= zip(rows, found, strict=True)
     return [answers[row] for row in range(len(questions))]
+
+
+def check_room(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: FixedContext, questions: Sequence[str]
+) -> None:
+    """Refuse questions too long to be answered, each by itself, before any is. Raises InputError: one is."""
+    for question in questions:
+        given_up, (ids,) = context.encode(tokenizer, [[{"role": "user", "content": question}]])
+        _positions_left(model, context, context.tokens - given_up + len(ids), f"question {_start(question)!r}")
 
 
 def check_questions(questions: Sequence[str]) -> None:
@@ -168,8 +179,11 @@ def check_questions(questions: Sequence[str]) -> None:
         try:
             question.encode()
         except UnicodeEncodeError as error:
-            start = question[:60] + "..." * (len(question) > 60)
-            raise InputError(f"question {start!r} is not UTF-8; convert it to UTF-8") from error
+            raise InputError(f"question {_start(question)!r} is not UTF-8; convert it to UTF-8") from error
+
+
+def _start(question: str) -> str:
+    return question[:60] + "..." * (len(question) > 60)
 
 
 def _same_seam(tokenizer: PreTrainedTokenizerBase, context: FixedContext, questions: Sequence[str]) -> list[list[int]]:
@@ -417,13 +431,19 @@ def _until_stop(tokens: list[int], stops: list[int]) -> list[int]:
 def _new_tokens(
     model: PreTrainedModel, context: FixedContext, questions: Sequence[str], used: int, decoding: Decoding
 ) -> int:
+    left = _positions_left(model, context, used, "the question")
+    return decoding.max_new_tokens if left is None else min(decoding.max_new_tokens, left)
+
+
+def _positions_left(model: PreTrainedModel, context: FixedContext, used: int, asked: str) -> int | None:
+    """Positions for generated tokens after `used`; None without limit."""
     room = context.room(model)
     if room is None:
-        return decoding.max_new_tokens
+        return None
     left = context.tokens + room - used
     if left < 1:
         raise InputError(
-            f"the context and the question take {used} tokens, {1 - left} more than fit the model's "
+            f"the context and {asked} take {used} tokens, {1 - left} more than fit the model's "
             f"{context.tokens + room} positions; ask something shorter, or begin a new conversation"
         )
-    return min(decoding.max_new_tokens, left)
+    return left

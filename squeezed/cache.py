@@ -170,9 +170,7 @@ class FixedLayer(DynamicLayer):
         """What each question's generated tokens attend to besides what they select; None if that is nothing."""
         if self.own is not None and self.own.recalled is not None:
             return self.own.recalled
-        if self.recall is None or not self.recall.passes:
-            return None
-        found = self.recall.within(self.index)
+        found = None if self.recall is None else self.recall.within(self.index)
         if found is None or found.slots.shape[0] in (1, batch):
             return found
         # Questions are answered several times each.

@@ -40,7 +40,6 @@ class Recall:
         self._observed: set[int] = set()  # layers that have spoken of the latest question, by id
         self._weights: Tensor | None = None  # [B, tokens], by place in the text
         self._places: Tensor | None = None
-        self.passes = 0  # questions that have gone through
 
     def observe(self, weights: Tensor, layer: object) -> None:
         """Add a layer's weights [B, tokens] float32, by place in the text; -inf for keys not to be recalled.
@@ -50,7 +49,6 @@ class Recall:
         if self._weights is None or id(layer) in self._observed:
             self.forget()
             self._weights = torch.zeros_like(weights)
-            self.passes += 1
         self._observed.add(id(layer))
         self._weights += weights
 

@@ -117,7 +117,6 @@ def test_a_new_question_forgets_the_one_before() -> None:
         recall.observe(weights, 1)
         assert place in recall.places[0].tolist()
         assert (recall.places >= place - 4).all()
-    assert recall.passes == 2
 
 
 def test_a_question_answered_by_one_token_is_forgotten_too() -> None:
@@ -129,7 +128,6 @@ def test_a_question_answered_by_one_token_is_forgotten_too() -> None:
         for layer in range(2):
             recall.observe(weights, layer)
     assert sorted(recall.places[0].tolist()) == [250, 251, 252]
-    assert recall.passes == 2
 
 
 def test_a_short_question_recalls_beside_one_too_long_to_be_read_whole_and_that_one_does_not() -> None:

@@ -78,6 +78,8 @@ def ask(
         sparsity = fixed.curves.sparsity_for(error)
     lm, tokenizer = load_built_with(source, manifest, model, device, dtype)
     fixed.check_belongs_to(lm, tokenizer)
+    if questions:
+        answer.check_room(lm, tokenizer, fixed, questions)
     fixed = fixed.to(lm.device) if lm.device.type != "cpu" else fixed
 
     def show(result: answer.Answer) -> None:

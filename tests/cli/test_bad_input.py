@@ -260,6 +260,17 @@ def test_an_empty_question_is_refused_before_the_first_is_answered(squeeze: Comm
     assert (status, out, complaint) == (2, "", ["squeeze: a question is empty; ask something"])
 
 
+@pytest.mark.parametrize("options", [[], ["--batch"], ["--follow-up"]])
+def test_a_question_too_long_is_named_before_the_first_is_answered(
+    options: list[str], squeeze: Command, built: Path
+) -> None:
+    status, out, complaint = squeeze.run("ask", built, "Who?", "the net " * 3000, "--max-new-tokens", 2, *options)
+    assert (status, out) == (2, "")
+    assert len(complaint) == 1
+    assert "question 'the net the net" in complaint[0]
+    assert "more than fit" in complaint[0]
+
+
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
 def test_standard_input_that_is_not_utf_8(
     errors: str, squeeze: Command, built: Path, monkeypatch: pytest.MonkeyPatch
