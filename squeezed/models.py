@@ -72,7 +72,7 @@ def load_model(
     except InputError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         raise InputError(
             f"model {name!r} can't be loaded: {reason}; expected a transformers folder with weights and a tokenizer, "
             "a .gguf file, a hub name that can be reached, or demo"
