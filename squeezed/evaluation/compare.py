@@ -69,12 +69,18 @@ def compare_runs(first: Path, second: Path, against: str | None = None, by_task:
         by_task: each task by itself as well.
 
     Raises:
-        InputError: a folder without a run, runs of different suites or models' samples, nothing in common.
+        InputError: a folder without a run, runs of different suites or samples, nothing in common.
     """
     left, right = RunFolder(first), RunFolder(second)
-    suites = left.config().suite, right.config().suite
+    configs = left.config(), right.config()
+    suites = configs[0].suite, configs[1].suite
     if suites[0] != suites[1]:
         raise InputError(f"the runs are of different suites, {suites[0]} and {suites[1]}; give two of the same")
+    if configs[0].seed != configs[1].seed:
+        raise InputError(
+            f"the runs' samples were drawn with seeds {configs[0].seed} and {configs[1].seed}; give two of the same"
+        )
+    _check_samples(left, right)
     values = [_values(run, suites[0], by_task) for run in (left, right)]
     if first.resolve() == second.resolve() and against is None:
         against = "full"
@@ -84,8 +90,10 @@ def compare_runs(first: Path, second: Path, against: str | None = None, by_task:
     pairs = _pairs(values[0], values[1], against)
     if not pairs:
         rows = sorted({row for _, row in values[0]})
+        shared = {row for _, row in values[1]}.intersection(rows)
         raise InputError(
-            "the runs have no answers to compare: no row of the same method and budget"
+            f"the runs have no answers to compare: no {'sample' if shared else 'row of the same method and budget'} "
+            "is in both"
             if against is None
             else f"the first run has no row {against!r}; it has {', '.join(rows)}"
             if against not in rows
@@ -95,6 +103,19 @@ def compare_runs(first: Path, second: Path, against: str | None = None, by_task:
     found = [_differ(group, names, a, b, value) for group, names, a, b in pairs]
     corrected = holm([difference.p for difference in found])
     return [_judge(one, p) for one, p in zip(found, corrected, strict=True)]
+
+
+def _check_samples(left: RunFolder, right: RunFolder) -> None:
+    """Refuse runs in which a name means different samples: of other data, or for another tokenizer."""
+    texts = {record["id"]: (record.get("context_tokens"), record.get("depth")) for record in left.records()}
+    for record in right.records():
+        found = texts.get(record["id"])
+        if found is not None and found != (record.get("context_tokens"), record.get("depth")):
+            raise InputError(
+                f"the runs' samples differ: {record['id']} has a context of {found[0]} tokens in one and of "
+                f"{record.get('context_tokens')} in the other, or looks elsewhere in it; give two of the same data "
+                "and tokenizer"
+            )
 
 
 def _values(run: RunFolder, suite: str, by_task: bool) -> Values:

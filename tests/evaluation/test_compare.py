@@ -19,10 +19,18 @@ from squeezed.evaluation.stats import bootstrap, holm
 Score = Callable[[str, int], float]
 
 
-def made(folder: Path, scores: dict[str, Score], samples: int = 60, suite: str = "ruler") -> Path:
+def made(
+    folder: Path,
+    scores: dict[str, Score],
+    samples: int = 60,
+    suite: str = "ruler",
+    seed: int = 0,
+    tasks: tuple[str, ...] = ("a", "b"),
+    context_tokens: int = 4000,
+) -> Path:
     """A run whose row `spec@0.1` scored `scores[spec](task, number)`."""
     folder.mkdir(parents=True, exist_ok=True)
-    RunFolder(folder).write_config(RunConfig(suite, "m", "float32", ("quest", "squeezed"), (0.1,)))
+    RunFolder(folder).write_config(RunConfig(suite, "m", "float32", ("quest", "squeezed"), (0.1,), seed=seed))
     lines = [
         {
             "id": f"{task}/{number}",
@@ -33,9 +41,10 @@ def made(folder: Path, scores: dict[str, Score], samples: int = 60, suite: str =
             "budget": None if spec == "full" else 0.1,
             "score": score(task, number),
             "kl": score(task, number),
+            "context_tokens": context_tokens + number,
         }
         for spec, score in scores.items()
-        for task in ("a", "b")
+        for task in tasks
         for number in range(samples)
     ]
     (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -125,6 +134,17 @@ def test_runs_without_anything_in_common_are_refused(tmp_path: Path) -> None:
         compare_runs(first, tmp_path / "3")
     with pytest.raises(InputError, match="different suites"):
         compare_runs(first, made(tmp_path / "4", {"quest": hard}, suite="fidelity"))
+
+
+def test_runs_of_other_samples_are_refused(tmp_path: Path) -> None:
+    """A sample's name says its task and number: with another seed or data it is of another text."""
+    first = made(tmp_path / "1", {"quest": hard})
+    with pytest.raises(InputError, match="drawn with seeds 0 and 5"):
+        compare_runs(first, made(tmp_path / "2", {"quest": hard}, seed=5))
+    with pytest.raises(InputError, match="a/0 has a context of 4000 tokens in one and of 4100 in the other"):
+        compare_runs(first, made(tmp_path / "3", {"quest": hard}, context_tokens=4100))
+    with pytest.raises(InputError, match="no sample is in both"):
+        compare_runs(first, made(tmp_path / "4", {"quest": hard}, tasks=("c",)))
 
 
 def test_a_run_without_answers_is_refused_as_that(tmp_path: Path) -> None:

@@ -171,7 +171,9 @@ def test_what_comes_before_the_haystack_is_fixed_and_the_question_is_not(texts: 
 
 @pytest.mark.parametrize("task", ["niah_single_1", "vt", "cwe", "qa_2"])
 def test_too_short_a_length_is_refused_in_one_line(task: str, texts: Path) -> None:
-    with pytest.raises(InputError, match="tokens of fixed context, but 60 were asked for") as refusal:
+    with pytest.raises(
+        InputError, match="tokens of fixed context, and the length asked for leaves 60 beside"
+    ) as refusal:
         samples("ruler", 60, tasks=(task,), data=texts)
     assert "\n" not in str(refusal.value)
 

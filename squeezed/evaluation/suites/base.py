@@ -164,8 +164,8 @@ class Fitted:
                     break
             elif size <= self.smallest:
                 raise InputError(
-                    f"{self.task} takes at least {tokens} tokens of fixed context, but {length} were asked for; "
-                    "ask for a greater length"
+                    f"{self.task} takes at least {tokens} tokens of fixed context, and the length asked for leaves "
+                    f"{length} beside template, question and answer; ask for a greater length"
                 )
             else:
                 over = size
