@@ -37,7 +37,7 @@ def evaluate(
     """Score methods on the same model, texts, questions and budgets; writes predictions, metrics, a table and plots."""
     from squeezed.errors import InputError
     from squeezed.evaluation.methods import METHODS
-    from squeezed.evaluation.settings import TEXT_SUITES, RunConfig
+    from squeezed.evaluation.settings import TEXT_SUITES, RunConfig, RunFolder
 
     place = resolve_device(device)
     parse_dtype(dtype)
@@ -67,8 +67,15 @@ def evaluate(
     from squeezed.evaluation.load import Loader
     from squeezed.evaluation.report import write_report
 
-    with Answers(messages) as bar:
-        run(config, folder, Loader(model, place, dtype, workers), workers, bar.update)
+    try:
+        with Answers(messages) as bar:
+            run(config, folder, Loader(model, place, dtype, workers), workers, bar.update)
+    except KeyboardInterrupt:
+        if answers := sum(1 for _ in RunFolder(folder).records()):
+            raise InputError(
+                f"interrupted with {answers} answers in {folder}; run the same command again to go on there"
+            ) from None
+        raise
     write_report(folder)
     output.print((folder / "table.md").read_text("utf-8"), highlight=False, soft_wrap=True)
     written = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))

@@ -6,10 +6,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from squeezed.evaluation import harness
 
 
 @pytest.fixture
@@ -54,6 +57,24 @@ def test_bad_input_is_refused_in_one_line(
     assert len(complaints) == 1
     assert complaint in complaints[0]
     assert "Traceback" not in err
+
+
+def test_an_interrupted_run_says_what_it_has(
+    squeeze: tiny.Run, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text(tiny.text(3000))
+    command = ("eval", "perplexity", "--model", model_folder, "--data", "text.txt", "--length", 512, "--samples", 1)
+    whole = harness.run
+    for answered, complaint in ((False, "nothing half-written was left behind"), (True, "with 2 answers in run; run")):
+
+        def interrupted(*arguments: Any, answered: bool = answered) -> int:
+            if answered:
+                whole(*arguments)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(harness, "run", interrupted)
+        status, _, err = squeeze(*command, "--methods", "full,streaming", "--budget", "0.3", "-o", "run")
+        assert (status, complaint in err) == (2, True), err
 
 
 def test_a_run_is_written_continued_and_compared(squeeze: tiny.Run, model_folder: Path, tmp_path: Path) -> None:
