@@ -173,6 +173,8 @@ def check_room(
 
 def check_questions(questions: Sequence[str]) -> None:
     """Refuse what can't be asked, before any work. Raises InputError: none at all, an empty one, one not UTF-8."""
+    if isinstance(questions, str):
+        raise InputError("questions is a text: expected a list of questions, [question] for one")
     if not questions or any(not question.strip() for question in questions):
         raise InputError("a question is empty; ask something")
     for question in questions:

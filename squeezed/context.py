@@ -383,6 +383,8 @@ class FixedContext:
         Several questions make a left-padded batch over the one shared context. `adaptive` and `whole` as for
         :meth:`cache`.
         """
+        if isinstance(questions, str):
+            raise InputError("questions is a text: expected a list of questions, [question] for one")
         if not questions or any(not question.strip() for question in questions):
             raise InputError("a question is empty; ask something")
         given_up, ids = self.encode(tokenizer, [[{"role": "user", "content": q}] for q in questions])

@@ -17,7 +17,9 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from squeezed import artifact
+from squeezed.answer import ask
 from squeezed.context import FixedContext
+from squeezed.errors import InputError
 
 
 @dataclass
@@ -258,6 +260,15 @@ def test_questions_that_cannot_be_asked(case: str, squeeze: Command, built: Path
 def test_an_empty_question_is_refused_before_the_first_is_answered(squeeze: Command, built: Path) -> None:
     status, out, complaint = squeeze.run("ask", built, "Who?", "", "--max-new-tokens", 2)
     assert (status, out, complaint) == (2, "", ["squeeze: a question is empty; ask something"])
+
+
+def test_a_text_in_the_place_of_a_list_of_questions(
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, context: FixedContext
+) -> None:
+    with pytest.raises(InputError, match="expected a list of questions"):
+        context.inputs(tokenizer, "Who?", sparsity=0.9)
+    with pytest.raises(InputError, match="expected a list of questions"):
+        ask(llama, tokenizer, context, "Who?")
 
 
 @pytest.mark.parametrize("options", [[], ["--batch"], ["--follow-up"]])
