@@ -20,7 +20,7 @@ from transformers import (
 
 from squeezed.attention import attached
 from squeezed.cache import SqueezedCache, Usage
-from squeezed.context import FixedContext, pad_left
+from squeezed.context import FixedContext, check_questions, pad_left, shortened
 from squeezed.decode import loop
 from squeezed.decode.sampler import Sampling
 from squeezed.errors import InputError
@@ -151,10 +151,9 @@ def ask(
             to 1.
     """
     check_questions(questions)
-    if len(questions) > 1:
-        check_room(model, tokenizer, context, questions)
     answers: dict[int, Answer] = {}
-    for rows in _same_seam(tokenizer, context, questions):
+    alike = _same_seam(check_room(model, tokenizer, context, questions)) if len(questions) > 1 else [[0]]
+    for rows in alike:
         batch = [questions[row] for row in rows]
         inputs = context.inputs(tokenizer, batch, sparsity, dense, model.device, adaptive, whole=adaptive)
         found, _ = _generate(model, tokenizer, context, batch, inputs, decoding or Decoding(), on_text, steps)
@@ -164,41 +163,31 @@ def ask(
 
 def check_room(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: FixedContext, questions: Sequence[str]
-) -> None:
-    """Refuse questions too long to be answered, each by itself, before any is. Raises InputError: one is."""
+) -> list[int]:
+    """Refuse questions too long to be answered, each by itself, before any is.
+
+    Returns:
+        how many fixed tokens each question gives up.
+
+    Raises:
+        InputError: a question does not fit the model's positions.
+    """
+    found = []
     for question in questions:
         given_up, (ids,) = context.encode(tokenizer, [[{"role": "user", "content": question}]])
-        _positions_left(model, context, context.tokens - given_up + len(ids), f"question {_start(question)!r}")
+        _positions_left(model, context, context.tokens - given_up + len(ids), f"question {shortened(question)!r}")
+        found.append(given_up)
+    return found
 
 
-def check_questions(questions: Sequence[str]) -> None:
-    """Refuse what can't be asked, before any work. Raises InputError: none at all, an empty one, one not UTF-8."""
-    if isinstance(questions, str):
-        raise InputError("questions is a text: expected a list of questions, [question] for one")
-    if not questions or any(not question.strip() for question in questions):
-        raise InputError("a question is empty; ask something")
-    for question in questions:
-        try:
-            question.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"question {_start(question)!r} is not UTF-8; convert it to UTF-8") from error
-
-
-def _start(question: str) -> str:
-    return question[:60] + "..." * (len(question) > 60)
-
-
-def _same_seam(tokenizer: PreTrainedTokenizerBase, context: FixedContext, questions: Sequence[str]) -> list[list[int]]:
-    """Questions that give up the same number of fixed tokens; one batch of chats, seldom more of plain text.
+def _same_seam(given_up: Sequence[int]) -> list[list[int]]:
+    """Rows of questions that give up the same number of fixed tokens; one batch of chats, seldom more of plain text.
 
     In a mixed batch some would take fixed tokens for their own, and select otherwise than alone.
     """
-    if len(questions) < 2:
-        return [list(range(len(questions)))]
     groups: dict[int, list[int]] = {}
-    for row, question in enumerate(questions):
-        given_up, _ = context.encode(tokenizer, [[{"role": "user", "content": question}]])
-        groups.setdefault(given_up, []).append(row)
+    for row, tokens in enumerate(given_up):
+        groups.setdefault(tokens, []).append(row)
     return list(groups.values())
 
 

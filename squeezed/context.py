@@ -383,10 +383,7 @@ class FixedContext:
         Several questions make a left-padded batch over the one shared context. `adaptive` and `whole` as for
         :meth:`cache`.
         """
-        if isinstance(questions, str):
-            raise InputError("questions is a text: expected a list of questions, [question] for one")
-        if not questions or any(not question.strip() for question in questions):
-            raise InputError("a question is empty; ask something")
+        check_questions(questions)
         given_up, ids = self.encode(tokenizer, [[{"role": "user", "content": q}] for q in questions])
         return {
             **pad_left(ids, self.tokens - given_up, tokenizer, device),
@@ -404,6 +401,24 @@ def room_behind(model: PreTrainedModel, tokens: int) -> int | None:
     if switch is not None and tokens <= switch:
         limit = switch  # beyond it the fixed keys would have to be rotated otherwise
     return None if limit is None else limit - tokens
+
+
+def check_questions(questions: Sequence[str]) -> None:
+    """Refuse what can't be asked, before any work. Raises InputError: none at all, an empty one, one not UTF-8."""
+    if isinstance(questions, str):
+        raise InputError("questions is a text: expected a list of questions, [question] for one")
+    if not questions or any(not question.strip() for question in questions):
+        raise InputError("a question is empty; ask something")
+    for question in questions:
+        try:
+            question.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"question {shortened(question)!r} is not UTF-8; convert it to UTF-8") from error
+
+
+def shortened(question: str) -> str:
+    """Its beginning, to name it by."""
+    return question[:60] + "..." * (len(question) > 60)
 
 
 def pad_left(

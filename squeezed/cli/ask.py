@@ -52,6 +52,7 @@ def ask(
     from squeezed.artifact import load as load_context
     from squeezed.artifact import read_manifest
     from squeezed.config import check_sparsity
+    from squeezed.context import check_questions
     from squeezed.warm_up import warm_up
 
     if sparsity is not None and error is not None:
@@ -68,7 +69,7 @@ def ask(
             "--batch answers the questions after the context and there are none; give some, or leave it out"
         )
     if questions:
-        answer.check_questions(questions)
+        check_questions(questions)
     manifest = read_manifest(context)
     source = source_of(context, manifest, model)
     if resolve_device(device) == "cpu":
@@ -78,7 +79,7 @@ def ask(
         sparsity = fixed.curves.sparsity_for(error)
     lm, tokenizer = load_built_with(source, manifest, model, device, dtype)
     fixed.check_belongs_to(lm, tokenizer)
-    if questions:
+    if questions and not batch:
         answer.check_room(lm, tokenizer, fixed, questions)
     fixed = fixed.to(lm.device) if lm.device.type != "cpu" else fixed
 

@@ -70,13 +70,13 @@ def evaluate(
     try:
         with Answers(messages) as bar:
             run(config, folder, Loader(model, place, dtype, workers), workers, bar.update)
+        write_report(folder)
     except KeyboardInterrupt:
         if answers := sum(1 for _ in RunFolder(folder).records()):
             raise InputError(
                 f"interrupted with {answers} answers in {folder}; run the same command again to go on there"
             ) from None
         raise
-    write_report(folder)
     output.print((folder / "table.md").read_text("utf-8"), highlight=False, soft_wrap=True)
     written = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     output.print(f"Wrote {', '.join(written)} to {folder}", soft_wrap=True)

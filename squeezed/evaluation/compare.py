@@ -58,6 +58,7 @@ class Difference:
         return asdict(self)
 
 
+Record = dict[str, Any]  # an answer, as predictions.jsonl has it
 Values = dict[tuple[str, str], dict[str, float]]  # (group, row) -> sample id -> value
 
 
@@ -80,8 +81,9 @@ def compare_runs(first: Path, second: Path, against: str | None = None, by_task:
         raise InputError(
             f"the runs' samples were drawn with seeds {configs[0].seed} and {configs[1].seed}; give two of the same"
         )
-    _check_samples(left, right)
-    values = [_values(run, suites[0], by_task) for run in (left, right)]
+    records = [list(run.records()) for run in (left, right)]
+    _check_samples(*records)
+    values = [_values(found, suites[0], by_task) for found in records]
     if first.resolve() == second.resolve() and against is None:
         against = "full"
     for run, own in zip((left, right), values, strict=True):
@@ -105,10 +107,10 @@ def compare_runs(first: Path, second: Path, against: str | None = None, by_task:
     return [_judge(one, p) for one, p in zip(found, corrected, strict=True)]
 
 
-def _check_samples(left: RunFolder, right: RunFolder) -> None:
+def _check_samples(left: list[Record], right: list[Record]) -> None:
     """Refuse runs in which a name means different samples: of other data, or for another tokenizer."""
-    texts = {record["id"]: (record.get("context_tokens"), record.get("depth")) for record in left.records()}
-    for record in right.records():
+    texts = {record["id"]: (record.get("context_tokens"), record.get("depth")) for record in left}
+    for record in right:
         found = texts.get(record["id"])
         if found is not None and found != (record.get("context_tokens"), record.get("depth")):
             raise InputError(
@@ -118,10 +120,10 @@ def _check_samples(left: RunFolder, right: RunFolder) -> None:
             )
 
 
-def _values(run: RunFolder, suite: str, by_task: bool) -> Values:
+def _values(records: list[Record], suite: str, by_task: bool) -> Values:
     values: Values = {}
     name = _TEXT_VALUES.get(suite, "score")
-    for record in run.records():
+    for record in records:
         value = record[name]
         groups = [f"{record['length']}, all tasks"]
         if by_task and suite not in _TEXT_VALUES:
