@@ -119,11 +119,12 @@ def check_target(folder: Path, replace_existing: bool) -> None:
     if not os.access(existing, os.W_OK):
         reason = "Read-only file system" if os.statvfs(existing).f_flag & os.ST_RDONLY else "Permission denied"
         raise InputError(f"{folder} can't be written: {reason}; choose another folder")
-    if folder.exists() and not replace_existing:
-        if not folder.is_dir() or any(folder.iterdir()):
-            raise InputError(f"{folder} exists already; pass --force to replace it, or choose another folder")
-    elif folder.exists() and not (folder / MANIFEST).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / MANIFEST).is_file():
         raise InputError(f"{folder} exists and is not a fixed context; choose another folder")
+    if not replace_existing:
+        raise InputError(f"{folder} exists already; pass --force to replace it, or choose another folder")
 
 
 @contextmanager
@@ -411,6 +412,8 @@ def _layer(entry: _Layer, tensors: dict[str, Tensor]) -> ClusteredKeys | Sliding
 def describe(folder: Path) -> dict[str, Any]:
     """What the artefact in `folder` holds, after every tensor was compared with its checksum.
 
+    `clusters` of a layer are the fewest and most of a head, for each level; `cluster_sizes` the fewest and most keys.
+
     Raises:
         InputError: as :func:`load`.
     """
@@ -419,15 +422,12 @@ def describe(folder: Path) -> dict[str, Any]:
     for i, (entry, layer) in enumerate(zip(manifest.layers, context.layers, strict=True)):
         squeezed = isinstance(layer, ClusteredKeys)
         described = {"layer": i, "kind": "squeezed" if squeezed else f"sliding window of {entry.sliding_window}"}
-        described |= {"clusters": [], "cluster_sizes": "", "tensors": len(manifest.files[entry.file].tensors)}
+        described |= {"clusters": [], "cluster_sizes": None, "tensors": len(manifest.files[entry.file].tensors)}
         if isinstance(layer, ClusteredKeys):
             counts = [(level.sizes > 0).sum(-1) for level in layer.levels]
             sizes = layer.levels[0].sizes[layer.levels[0].sizes > 0]
-            described["clusters"] = [
-                f"{int(c.min())}" if int(c.min()) == int(c.max()) else f"{int(c.min())} to {int(c.max())}"
-                for c in counts
-            ]
-            described["cluster_sizes"] = f"{int(sizes.min())} to {int(sizes.max())}"
+            described["clusters"] = [[int(c.min()), int(c.max())] for c in counts]
+            described["cluster_sizes"] = [int(sizes.min()), int(sizes.max())]
         layers.append(described)
     curves = context.curves
     return {

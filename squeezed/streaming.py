@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +67,7 @@ def build_into(
     replace_existing: bool = False,
     resume: bool = True,
     on_progress: Progress = lambda stage, done, total: None,
+    on_unfinished: Callable[[str], None] = lambda line: None,
 ) -> FixedContext:
     """Prepare `text` and write it to `folder`; the same as `FixedContext.from_text` and `save`, with less memory.
 
@@ -75,6 +76,7 @@ def build_into(
         source: what `squeeze ask` should load as the model.
         replace_existing: put it in the place of a context that is there already.
         resume: go on with a build of the same text, model and settings that was cut short. Otherwise start over.
+        on_unfinished: is told in one line what becomes of a build that was cut short, unless that is not to be resumed.
 
     Returns:
         The context, mapped from its files.
@@ -89,7 +91,7 @@ def build_into(
         context = replace(context, model={**context.model, "source": source})
     with artifact.naming(target):
         artifact.check_target(target, replace_existing)
-        work = _Work.open(target, _key(context, chat), len(attention_modules(model)), resume)
+        work = _Work.open(target, _key(context, chat), len(attention_modules(model)), resume, on_unfinished)
         try:
             with _in_vain(work):
                 probes = context.probes(model, tokenizer)
@@ -149,12 +151,21 @@ class _Work:
         self.bytes = sum(path.stat().st_size for path in folder.iterdir())
 
     @classmethod
-    def open(cls, target: Path, key: str, total: int, resume: bool) -> _Work:
+    def open(cls, target: Path, key: str, total: int, resume: bool, on_unfinished: Callable[[str], None]) -> _Work:
         folder = _work_folder(target)
         found = _read(folder)
         if found and found.pid != os.getpid() and psutil.pid_exists(found.pid):
             raise InputError(f"{target} is being built by process {found.pid}; wait for it, or choose another folder")
-        if found is None or found.key != key or not found.layers or not resume or not _complete(folder, found):
+        goes_on = False
+        if found and found.layers and resume:
+            changed = "" if found.key == key else "files, model or settings are not the same"
+            lost = "" if _complete(folder, found) else "some of its files are missing or cut short"
+            goes_on = not (changed or lost)
+            on_unfinished(
+                f"a build into {target} was cut short after {len(found.layers)} layers; "
+                + ("going on there" if goes_on else f"starting over: {changed or lost}")
+            )
+        if found is None or not goes_on:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             found = _Progress(key=key, total=total, pid=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import random
@@ -18,6 +19,7 @@ import psutil
 import pytest
 import tiny
 import torch
+from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -25,6 +27,7 @@ from squeezed import artifact
 from squeezed.attention import attached
 from squeezed.context import FixedContext
 from squeezed.errors import InputError
+from squeezed.ops.layout import ClusteredKeys
 
 
 @pytest.fixture
@@ -398,13 +401,37 @@ def test_inspection_reports_every_layer_and_finds_damage(context: FixedContext, 
     assert found["kv_bytes"] == context.kv_bytes
     assert found["bytes"] == sum(path.stat().st_size for path in saved.iterdir())
     assert len(found["layers"]) == len(context.layers)
-    json.dumps(found)
+    for described, layer in zip(json.loads(json.dumps(found))["layers"], context.layers, strict=True):
+        assert isinstance(layer, ClusteredKeys)
+        sizes = layer.levels[0].sizes
+        counts = (sizes > 0).sum(-1)
+        assert described["clusters"][0] == [counts.min(), counts.max()]
+        assert described["cluster_sizes"] == [sizes[sizes > 0].min(), sizes.max()]
     path = saved / "layer-001.safetensors"
     raw = bytearray(path.read_bytes())
     raw[-5] ^= 1
     path.write_bytes(raw)
     with pytest.raises(InputError, match="layer-001"):
         artifact.describe(saved)
+
+
+def test_inspection_prints_numbers_for_programs_and_words_for_people(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, run_squeeze: tiny.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = Console(file=io.StringIO(), width=200)
+    monkeypatch.setattr("squeezed.cli.inspect.output", wide)
+    made = FixedContext.from_text(tiny.model("gemma3-sliding"), tokenizer, tiny.text(), replace(tiny.BUILD, levels=2))
+    made.save(tmp_path / "book")
+    layers = json.loads(run_squeeze("inspect", tmp_path / "book", "--json")[1])["layers"]
+    assert {len(layer["clusters"]) for layer in layers} == {0, 2}
+    assert run_squeeze("inspect", tmp_path / "book")[0] == 0
+    assert isinstance(wide.file, io.StringIO)
+    rows = [line for line in wide.file.getvalue().splitlines() if "tensors good" in line]
+    for layer, row in zip(layers, rows, strict=True):
+        counts = [str(low) if low == high else f"{low} to {high}" for low, high in layer["clusters"]]
+        sizes = layer["cluster_sizes"]
+        shown = [cell.strip() for cell in row.split("\u2502")[3:5]]
+        assert shown == [", ".join(counts), f"{sizes[0]} to {sizes[1]}" if sizes else ""]
 
 
 def test_disk_space_is_asked_for_before_any_work(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 pytest.importorskip("triton")
@@ -45,6 +47,14 @@ def test_every_case_gives_a_row_and_a_point_in_the_picture(preset: str, tmp_path
     assert all(0 < row["rel_error"] < 1 and 0 < row["kv_budget"] < 1 for row in rows)
     plot_speedups({"device": "cpu", "date": "today", "rows": rows}, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_a_single_row_is_printed_in_words(run_squeeze: tiny.Run) -> None:
+    options = ("--context", 1000, "--q-heads", 2, "--kv-heads", 1, "--head-dim", 16)
+    status, out, _ = run_squeeze("bench", "attention", "--device", "cpu", *options)
+    assert status == 0
+    assert re.search(r"stages \(score [\d.e-]+,", out)
+    assert not re.search(r"[{}']", out)
 
 
 def test_scores_taken_a_few_rows_at_a_time_are_the_references(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,17 +163,20 @@ def _lost(name: str) -> Callable[[Path], dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "reason"),
     [
-        _other_settings,
-        _other_text,
-        _fresh,
-        _cut_layer,
-        *map(_lost, (".hidden-0", ".queries-001.safetensors", ".progress.json")),
+        (_other_settings, "not the same"),
+        (_other_text, "not the same"),
+        (_fresh, None),
+        (_cut_layer, "missing or cut short"),
+        (_lost(".hidden-0"), "missing or cut short"),
+        (_lost(".queries-001.safetensors"), "missing or cut short"),
+        (_lost(".progress.json"), None),
     ],
 )
-def test_a_build_starts_over_where_it_can_not_go_on(
+def test_a_build_starts_over_where_it_can_not_go_on_and_says_why(
     change: Callable[[Path], dict[str, Any]],
+    reason: str | None,
     layers_run: list[int],
     llama: PreTrainedModel,
     tmp_path: Path,
@@ -185,8 +188,11 @@ def test_a_build_starts_over_where_it_can_not_go_on(
             build(tmp_path / "manual", llama)
     options = change(tmp_path / ".manual.unfinished")
     layers_run.clear()
-    found = build(tmp_path / "manual", llama, **options)
+    said: list[str] = []
+    found = build(tmp_path / "manual", llama, on_unfinished=said.append, **options)
     assert layers_run == [0, 1, 2]
+    assert len(said) == (reason is not None)
+    assert all("after 2 layers; starting over: " in line and str(reason) in line for line in said)
     text, config = options.get("text", tiny.text()), options.get("config", tiny.BUILD)
     assert_same(found, FixedContext.from_text(llama, TOKENIZER, text, config))
 
@@ -199,8 +205,10 @@ def test_a_build_goes_on_with_smaller_chunks(
         with pytest.raises(Killed):
             build(tmp_path / "manual", llama)
     layers_run.clear()
-    build(tmp_path / "manual", llama, config=replace(tiny.BUILD, chunk=16))
+    said: list[str] = []
+    build(tmp_path / "manual", llama, config=replace(tiny.BUILD, chunk=16), on_unfinished=said.append)
     assert layers_run == [2]
+    assert [line.partition("after ")[2] for line in said] == ["2 layers; going on there"]
 
 
 def test_two_processes_do_not_build_into_one_folder(
@@ -257,7 +265,7 @@ def test_a_stopped_command_says_how_to_go_on_and_does(
     script = script.replace("squeezed.context.calibrate = wait", "squeezed.streaming.prepare_layer = wait")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr  # no layer was prepared again
-    assert "after 3 layers" in done.stderr
+    assert "after 3 layers; going on there" in done.stderr
     assert "peak memory" in done.stderr
     timed = next(line for line in done.stderr.splitlines() if line.startswith("seconds: "))
     assert all(stage in timed for stage in ("calibrate", "measure", "save"))
@@ -349,7 +357,7 @@ def test_what_has_come_to_stand_at_the_target_is_not_replaced(
         return real(*arguments)
 
     monkeypatch.setattr(streaming, "prepare_layer", slow)
-    with pytest.raises(InputError, match="exists already") as caught:
+    with pytest.raises(InputError, match="not a fixed context") as caught:
         build(target, llama)
     assert [path.name for path in target.iterdir()] == ["thesis.txt"]
     finished = next(path for path in tmp_path.iterdir() if path != target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
@@ -169,12 +170,10 @@ def _name(model: str) -> str:
 
 def _command(model: str, study: Study, measured: Path | None) -> str:
     # Names, not paths: the page is meant to be passed on.
-    laid_over = "" if measured is None else f" --measured {measured.name}"
-    return (
-        f"squeeze roofline {Path(model).name} --device {study.device.name} --batch {study.batch} "
-        f"--length {study.length} --queries {study.queries} --tokens {study.tokens} "
-        f"--sparsity {study.sparsity:g}{laid_over}"
-    )
+    options = f"--batch {study.batch} --length {study.length} --queries {study.queries} --tokens {study.tokens}"
+    words = ["roofline", Path(model).name, "--device", study.device.name, *options.split()]
+    words += ["--sparsity", f"{study.sparsity:g}", *([] if measured is None else ["--measured", measured.name])]
+    return f"squeeze {shlex.join(words)}"
 
 
 def _plain(row: Comparison) -> dict[str, object]:

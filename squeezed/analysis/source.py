@@ -7,7 +7,6 @@ would be analysed as another model without a word. Files are therefore checked b
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +107,6 @@ def _read_fields(model: str) -> dict[str, Any]:
         return _read_json(path)
     if path.suffix == ".json" or path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise InputError(f"{model}: no such file or folder; give a model folder, a config.json, a .gguf or a hub name")
-    # The hub client warns about every retry; the one line raised below says as much.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     return _through_transformers(model, PreTrainedConfig, model)
 
 

@@ -114,7 +114,7 @@ def time_on_cpu(asked: Sweep, on_stage: Callable[[str], None] = lambda stage: No
 
 
 def time_attention(case: AttentionCase, on_stage: Callable[[str], None] = lambda stage: None) -> dict[str, Any]:
-    """One row: every dense way torch has, squeezed in total and by stage, realised budget, error against float64.
+    """One row: torch's dense ways and our own, squeezed in total and by stage, realised budget, error against float64.
 
     The context is planted with the unevenness of a real model's attention, clustered by our own build and calibrated
     on other queries than those that are timed.

@@ -13,6 +13,8 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+# The hub's client warns about every retry; what comes of them is told in one line.
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer

@@ -320,7 +320,13 @@ def _print(run: dict[str, Any], as_json: bool) -> None:
     for row in run["rows"]:
         table = Table("what", "value", title=f"{Path(run.get('model', '')).name} on {run['device']}".strip())
         for name, value in row.items():
-            if isinstance(value, dict):
-                value = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in value.items())
-            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+            table.add_row(name, _in_words(value))
         output.print(table)
+
+
+def _in_words(value: Any) -> str:
+    """{"ms": 5.25, "stages": {"score": 1.5}} as "ms 5.25, stages (score 1.5)"."""
+    if isinstance(value, dict):
+        parts = {k: f"({_in_words(v)})" if isinstance(v, dict) else _in_words(v) for k, v in value.items()}
+        return ", ".join(f"{name} {part}" for name, part in parts.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

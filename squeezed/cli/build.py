@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,14 +45,25 @@ def build(
     text, parts = read_files(files)
     artifact.check_target(output.absolute(), force)
     lm, tokenizer = load(model, device, dtype)
-    if done := 0 if fresh else unfinished_layers(output):
-        messages.print(
-            f"a build into {output} was cut short after {done} layers; going on if nothing has changed", soft_wrap=True
-        )
+
+    def say(line: str) -> None:
+        messages.print(line, soft_wrap=True)
+
     try:
         with Stages(messages) as stages, PeakOfBuild(lm.device) as peak:
             context = build_into(
-                output, lm, tokenizer, text, config, not raw, parts, _source(model), force, not fresh, stages.update
+                output,
+                lm,
+                tokenizer,
+                text,
+                config,
+                not raw,
+                parts,
+                _source(model),
+                force,
+                not fresh,
+                stages.update,
+                on_unfinished=say,
             )
     except KeyboardInterrupt:
         if done := unfinished_layers(output):
@@ -60,12 +72,10 @@ def build(
             ) from None
         raise
     size = sum(path.stat().st_size for path in output.iterdir())
-    messages.print(
-        f"{output}: {context.tokens:,} tokens, {size / 1e6:,.0f} MB. Ask it: squeeze ask {output} QUESTION",
-        soft_wrap=True,
-    )
-    messages.print(str(stages), soft_wrap=True)
-    messages.print(str(peak), soft_wrap=True)
+    ask = f"squeeze ask {shlex.quote(str(output))} QUESTION"
+    say(f"{output}: {context.tokens:,} tokens, {size / 1e6:,.0f} MB. Ask it: {ask}")
+    say(str(stages))
+    say(str(peak))
 
 
 class PeakOfBuild:

