@@ -126,6 +126,9 @@ def _between(low: float, high: float) -> float:
 def _budget_ticks(axis: Any, budgets: Sequence[float]) -> None:
     """Log axis: what differs is at the small budgets, and most readers look there."""
     low, high = min(budgets, default=0.05), max(budgets, default=1.0)
+    # Methods under one budget differ by little: spread over the whole axis, that would look like much.
+    wider = max(1.0, (2 * low / high) ** 0.5)
+    low, high = low / wider, high * wider
     round_ones = (0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0)
     ticks = [tick for tick in round_ones if low / 1.15 <= tick <= high * 1.1]
     if len(ticks) < 2:  # methods under one budget

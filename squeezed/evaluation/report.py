@@ -11,6 +11,7 @@ from typing import Any
 from squeezed.evaluation.methods import METHODS, title
 from squeezed.evaluation.settings import RunConfig, RunFolder
 from squeezed.evaluation.stats import bootstrap
+from squeezed.evaluation.suites import find_suite
 
 Record = dict[str, Any]
 Metrics = dict[str, Any]
@@ -33,7 +34,7 @@ def write_report(folder: Path) -> Metrics:
 
 def answer_metrics(config: RunConfig, records: Sequence[Record]) -> Metrics:
     """Scores times 100 by length, row and task, with the realised budget."""
-    tasks = list(dict.fromkeys(record["task"] for record in records))
+    tasks = _in_order(config.suite, {record["task"] for record in records})
     lengths = {}
     for length in sorted({record["length"] for record in records}):
         rows = {}
@@ -47,6 +48,13 @@ def answer_metrics(config: RunConfig, records: Sequence[Record]) -> Metrics:
             }
         lengths[str(length)] = {"samples": len({r["id"] for r in records if r["length"] == length}), "rows": rows}
     return {**_head(config), "tasks": tasks, "lengths": lengths}
+
+
+def _in_order(suite: str, tasks: set[str]) -> list[str]:
+    """As the suite reports them, whichever worker was the first to be done; after them any that it doesn't know."""
+    known = find_suite(suite)
+    order = (*known.tasks, *known.extra)
+    return [task for task in order if task in tasks] + sorted(tasks.difference(order))
 
 
 def text_metrics(config: RunConfig, records: Sequence[Record]) -> Metrics:

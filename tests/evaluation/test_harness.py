@@ -202,6 +202,14 @@ def test_the_report_has_means_intervals_table_and_pictures(tmp_path: Path) -> No
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_report_has_tasks_in_the_order_of_the_suite(tmp_path: Path) -> None:
+    run(replace(CONFIG, tasks=("first", "second")), tmp_path, load)
+    predictions = tmp_path / "predictions.jsonl"
+    predictions.write_text("".join(reversed(predictions.read_text().splitlines(keepends=True))))
+    assert write_report(tmp_path)["tasks"] == ["first", "second"]
+    assert "| first | second |" in (tmp_path / "table.md").read_text()
+
+
 def test_a_report_of_a_run_without_answers_is_empty(tmp_path: Path) -> None:
     RunFolder(tmp_path).write_config(CONFIG)
     assert write_report(tmp_path)["lengths"] == {}
