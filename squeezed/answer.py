@@ -136,6 +136,7 @@ def ask(
     on_text: OnText | None = None,
     steps: loop.Steps | None = None,
     adaptive: bool = True,
+    whole: bool | None = None,
 ) -> list[Answer]:
     """Answer several questions at once, each as if alone, in a left-padded batch over the one context.
 
@@ -144,7 +145,8 @@ def ask(
         steps: where to keep what is captured on a GPU, by default with the context. On a CPU, generation is
             transformers' own unless this is given.
         adaptive: attend to everything where selecting would take longer than it saves: for a question of ordinary
-            length, and on a GPU in short contexts.
+            length, and in short contexts.
+        whole: of that, only whether a question of ordinary length is read whole; None: as `adaptive` says.
 
     Raises:
         InputError: an empty question, one that is not UTF-8 or does not fit the model's positions, sparsity outside 0
@@ -155,7 +157,8 @@ def ask(
     alike = _same_seam(check_room(model, tokenizer, context, questions)) if len(questions) > 1 else [[0]]
     for rows in alike:
         batch = [questions[row] for row in rows]
-        inputs = context.inputs(tokenizer, batch, sparsity, dense, model.device, adaptive, whole=adaptive)
+        read_whole = adaptive if whole is None else whole
+        inputs = context.inputs(tokenizer, batch, sparsity, dense, model.device, adaptive, whole=read_whole)
         found, _ = _generate(model, tokenizer, context, batch, inputs, decoding or Decoding(), on_text, steps)
         answers |= zip(rows, found, strict=True)
     return [answers[row] for row in range(len(questions))]

@@ -167,7 +167,7 @@ def _attend_once(
     index, end = layer.index, layer.window_end
     if dense.serves(query, index.keys) and (whole or takes_everything(query, layer)):
         return *dense.attend_dense(query, index.keys, index.values, end, scale), None
-    thresholds = None if whole else layer.selection.thresholds(query)
+    thresholds = None if whole or takes_everything(query, layer) else layer.selection.thresholds(query)
     output, lse, kept = ops.attend_fixed(query, index, thresholds, end, scale, layer.selection.voters, recalled)
     return output, lse, None if thresholds is None else kept
 
@@ -177,7 +177,17 @@ def takes_everything(query: Tensor, layer: FixedLayer) -> bool:
     selection, index = layer.selection, layer.index
     if selection.is_dense:
         return True
-    if not selection.adaptive or not ops.uses_triton(query) or not dense.serves(query, index.keys):
+    if not selection.adaptive:
+        return False
+    on_triton = ops.uses_triton(query)
+    if query.device.type == "cpu" and not on_triton and query.shape[2] == 1:
+        from squeezed.ops.cpu import cost
+
+        clusters = [level.shape[1] for level in index.levels]
+        stand_ins = index.levels[0].values is not None
+        kept = 1 - selection.sparsity
+        return not cost.selecting_pays(layer.window_end, index.keys.shape[0], clusters, kept, stand_ins)
+    if not on_triton or not dense.serves(query, index.keys):
         return False
     from squeezed.ops.triton.cost import AttentionShape, dense_microseconds, squeezed_microseconds
 

@@ -90,7 +90,8 @@ class Selection:
             2^22, 149 queries at 28K tokens, on a GPU. Sharing a selection costs less time but finds less: of the demo's
             15 questions at sparsity 0.9, SmolLM2 answers 14 if each query selects, 13 with blocks of 8, 12 with one
             selection for the whole question, and 14 dense.
-        adaptive: on a GPU, attend to everything where the cost model expects selecting to take longer than it saves.
+        adaptive: attend to everything where a cost model expects selecting to take longer than it saves; on a CPU only
+            for generated tokens.
         whole: most queries times keys of a question that reads everything; None: 2^20 on a CPU and 2^24, 599 queries at
             28K tokens, on a GPU. One pass over all keys serves all of the question's tokens, where selecting reads a
             tenth for each: 60 tokens to 7,500 take SmolLM2 0.58 s on a CPU in one pass and 0.68 s if each selects, and

@@ -321,7 +321,8 @@ class FixedContext:
             sparsity: share of the clustered keys to leave out, 0 to 1.
             dense: attend to everything without looking at centroids.
             given_up: last fixed tokens not to use, see :meth:`inputs`.
-            adaptive: on a GPU, attend to everything where selecting would take longer than it saves.
+            adaptive: attend to everything where selecting is expected to take longer than it saves; on a CPU only for
+                generated tokens.
             whole: read everything for a question of ordinary length, see `squeezed.cache.Selection`.
             recall: most tokens to recall, see `BuildConfig.recall`; None: as the context was built.
 

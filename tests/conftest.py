@@ -45,6 +45,12 @@ def ended_by_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("squeezed.cli._interrupt", signal.SIG_DFL)
 
 
+@pytest.fixture(autouse=True)
+def short_contexts_are_squeezed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU answering would read every key of contexts as short as the tests': see tests/ops/test_cpu_cost.py."""
+    monkeypatch.setattr("squeezed.ops.cpu.cost.selecting_pays", lambda *arguments: True)
+
+
 @pytest.fixture
 def run_squeeze(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> tiny.Run:
     """`squeeze ...` in this process: exit status, standard output and standard error."""

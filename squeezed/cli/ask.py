@@ -40,7 +40,7 @@ def ask(
         bool,
         typer.Option(
             help="Read every key where selecting would take longer than it saves: for a short question's tokens, and "
-            "on a GPU in short contexts."
+            "in short contexts."
         ),
     ] = True,
     verify: Annotated[bool, typer.Option(help="Compare checksums before answering.")] = True,

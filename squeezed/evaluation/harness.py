@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -143,6 +146,7 @@ def _share(
 
 def _work(config: RunConfig, done: set[tuple[str, str]], load: Load, number: int, jobs: Any, results: Any) -> None:
     """A worker's life."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         subject = load(number)
         while (job := jobs.get()) is not None:
@@ -153,3 +157,11 @@ def _work(config: RunConfig, done: set[tuple[str, str]], load: Load, number: int
         results.put(("refused", str(error)))
     except Exception:
         results.put(("failed", traceback.format_exc()))
+
+
+def _end_with_parent() -> None:
+    """A run that is killed can't end its workers: they would go on with what they have, for nobody."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

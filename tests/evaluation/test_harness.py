@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import tiny
 
@@ -213,3 +217,39 @@ def test_the_report_has_tasks_in_the_order_of_the_suite(tmp_path: Path) -> None:
 def test_a_report_of_a_run_without_answers_is_empty(tmp_path: Path) -> None:
     RunFolder(tmp_path).write_config(CONFIG)
     assert write_report(tmp_path)["lengths"] == {}
+
+
+_KILLED = """
+import multiprocessing, os, time
+from squeezed.evaluation import harness
+
+def load(number):
+    print(os.getpid(), flush=True)
+    time.sleep(120)
+
+if __name__ == "__main__":
+    worker = multiprocessing.get_context("spawn").Process(target=harness._work, args=(None, set(), load, 0, None, None))
+    worker.start()
+    worker.join()
+"""
+
+
+def test_workers_end_with_a_run_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(_KILLED)
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        worker = psutil.Process(int(parent.stdout.readline()))
+        assert worker.is_running()
+        parent.kill()
+    given_up = time.monotonic() + 30
+    while _goes_on(worker):
+        assert time.monotonic() < given_up, "the worker goes on"
+        time.sleep(0.1)
+
+
+def _goes_on(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
