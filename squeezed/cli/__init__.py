@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -59,6 +60,11 @@ def main() -> None:
         _fail("interrupted; nothing half-written was left behind")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        # A question where a file or folder belongs, as a rule.
+        _fail(f"{error.filename} is too long for a file's name; give the path of a file or folder there")
     except Exception as error:
         # typer's own usage errors; some of its versions bring their own copy of click, so the class can't be named.
         if not hasattr(error, "format_message"):

@@ -458,3 +458,15 @@ def test_the_installed_command_behaves_likewise(tmp_path: Path) -> None:
     assert done.stdout == ""
     assert done.stderr == "squeeze: missing.txt does not exist; name an existing text file\n"
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+def test_a_question_where_a_path_belongs_is_refused(squeeze: Command, text: Path, place: int) -> None:
+    question = "Which fluid do I need, and how much of it? " * 10
+    commands = (
+        ("build", "/no/such/model", question, "-o", "new"),
+        ("build", question, text, "-o", "new"),
+        ("build", "/no/such/model", text, "-o", question),
+        ("ask", question, "book.ctx"),
+    )
+    assert "Which fluid do I need" in squeeze.refuses(*commands[place])
