@@ -155,10 +155,10 @@ def ask(
     check_questions(questions)
     answers: dict[int, Answer] = {}
     alike = _same_seam(check_room(model, tokenizer, context, questions)) if len(questions) > 1 else [[0]]
+    whole = adaptive if whole is None else whole
     for rows in alike:
         batch = [questions[row] for row in rows]
-        read_whole = adaptive if whole is None else whole
-        inputs = context.inputs(tokenizer, batch, sparsity, dense, model.device, adaptive, whole=read_whole)
+        inputs = context.inputs(tokenizer, batch, sparsity, dense, model.device, adaptive, whole=whole)
         found, _ = _generate(model, tokenizer, context, batch, inputs, decoding or Decoding(), on_text, steps)
         answers |= zip(rows, found, strict=True)
     return [answers[row] for row in range(len(questions))]

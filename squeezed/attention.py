@@ -165,9 +165,10 @@ def _attend_once(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Output, lse and what was kept, None if everything was attended without looking at centroids; `whole` asks so."""
     index, end = layer.index, layer.window_end
-    if dense.serves(query, index.keys) and (whole or takes_everything(query, layer)):
+    everything = whole or takes_everything(query, layer)
+    if everything and dense.serves(query, index.keys):
         return *dense.attend_dense(query, index.keys, index.values, end, scale), None
-    thresholds = None if whole or takes_everything(query, layer) else layer.selection.thresholds(query)
+    thresholds = None if everything else layer.selection.thresholds(query)
     output, lse, kept = ops.attend_fixed(query, index, thresholds, end, scale, layer.selection.voters, recalled)
     return output, lse, None if thresholds is None else kept
 

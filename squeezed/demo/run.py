@@ -67,7 +67,7 @@ def run(sparsity: float, output: Console, messages: Console) -> None:
     output.print(table)
     output.print(
         f"Right: dense {right['dense']} of {len(questions())}, squeezed {right['squeezed']} of {len(questions())}. "
-        "No answer prefilled the manual again. Below some 10,000 tokens reading every key is as fast on a CPU, and "
+        "No answer prefilled the manual again. Below some 10,000 tokens reading every key is faster on a CPU, and "
         "`squeeze ask` then does so, unless told --no-adaptive. "
         f"Ask it yourself: squeeze ask {shlex.quote(str(folder))} QUESTION",
         soft_wrap=True,  # so that the command can be copied

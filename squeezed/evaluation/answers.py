@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 from squeezed.errors import InputError
 from squeezed.evaluation.greedy import Guesses, answer_rows, dense_answer
@@ -12,8 +11,7 @@ from squeezed.evaluation.metrics import METRICS
 from squeezed.evaluation.prepared import Prepared, Subject, in_order
 from squeezed.evaluation.rows import Row
 from squeezed.evaluation.sample import Sample
-
-Record = dict[str, Any]
+from squeezed.evaluation.settings import Record
 
 
 def answer_questions(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from squeezed.errors import InputError
-from squeezed.evaluation.settings import RunFolder
+from squeezed.evaluation.settings import Record, RunFolder
 from squeezed.evaluation.stats import RESAMPLES, holm
 
 _PERMUTATIONS = 20_000
@@ -58,7 +58,6 @@ class Difference:
         return asdict(self)
 
 
-Record = dict[str, Any]  # an answer, as predictions.jsonl has it
 Values = dict[tuple[str, str], dict[str, float]]  # (group, row) -> sample id -> value
 
 

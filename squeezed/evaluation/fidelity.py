@@ -20,10 +20,10 @@ from squeezed.evaluation.jobs import Passage
 from squeezed.evaluation.prepared import Prepared, RowsCache, Subject, in_order
 from squeezed.evaluation.rows import Row, ScoredLayer, bytes_of, last_reads
 from squeezed.evaluation.seam import scoring
+from squeezed.evaluation.settings import Record
 from squeezed.evaluation.suites.texts import key_tokens
 from squeezed.ops import reference
 
-Record = dict[str, Any]
 # Unlike the questions that calibrate, see squeezed.preparation.PROBES.
 QUESTIONS = (
     "Summarise the passage above in two sentences.",

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from squeezed.analysis.plots import figure, save
+from squeezed.evaluation.settings import Record
 
 Metrics = dict[str, Any]
-Record = dict[str, Any]
 _FULL = "full"
 # Ours in blue and thick; each peer its own colour and marker; bounds dotted grey.
 _STYLES: dict[str, dict[str, Any]] = {

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from squeezed.evaluation.methods import METHODS, title
-from squeezed.evaluation.settings import RunConfig, RunFolder
+from squeezed.evaluation.settings import Record, RunConfig, RunFolder
 from squeezed.evaluation.stats import bootstrap
 from squeezed.evaluation.suites import find_suite
 
-Record = dict[str, Any]
 Metrics = dict[str, Any]
 
 
