@@ -19,7 +19,7 @@ from squeezed.ops.triton.join import Parts
 from squeezed.ops.triton.own import OwnKeys, Tally
 from squeezed.ops.triton.score import Scores, score_few_rows
 from squeezed.ops.triton.score_many import score_many_rows
-from squeezed.ops.triton.select import WorkList, chunks_of, select_clusters
+from squeezed.ops.triton.select import Replaced, WorkList, chunks_of, select_clusters
 from squeezed.ops.triton.stand_in import LeftOut, attend_left_out
 from squeezed.ops.voting import voters, voting
 
@@ -77,13 +77,19 @@ def select_keys(
     for level in reversed(range(len(centroids))):
         ids, id_counts = (work.entries, work.counts) if work else (None, None)
         capacity = centroids[level].shape[1] if ids is None else ids.shape[1]
-        status_words = problems * chunks_of(capacity, ids is not None, many)
+        status_words = problems * chunks_of(capacity, ids is not None, many, bool(centroid_values))
         spread = spreads[level] if spreads else None
         beside = (own, own_parts) if own is not None and work is None else ()
         scores: Scores = score(
             query, centroids[level], sizes[level], scale, status_words, ids, id_counts, scales, spread, *beside
         )
         finest = level == 0
+        replaced = None
+        if centroid_values:
+            # Memory has no time for values as well where weights are asked for or two levels are scored.
+            asked = centroid_values[level] if ahead is None and len(centroids) == 1 else None
+            stood_in = (sizes if recalled is None else recalled.sizes)[level]
+            replaced = Replaced(stood_in, spread, query, scale, asked)
         work = select_clusters(
             scores,
             scores.sync,
@@ -96,7 +102,7 @@ def select_keys(
             ids,
             id_counts,
             None if kept is None else kept[level],
-            (sizes if recalled is None else recalled.sizes)[level] if centroid_values else None,
+            replaced,
             recalled if finest else None,
             ahead if finest else None,
         )
@@ -107,7 +113,6 @@ def select_keys(
                     scores,
                     centroids[level],
                     centroid_values[level],
-                    spread,
                     ids,
                     id_counts,
                 )

@@ -158,6 +158,8 @@ def _score_few_rows(
                 logits + (problem.to(tl.int64) * rows + row[:, None]) * capacity + index[None, :],
                 scores,
                 mask=row_mask[:, None] & inside[None, :],
+                # Selection and stand-ins read them while centroids and keys pass through the cache.
+                eviction_policy="evict_last",
             )
             weighted = scores + tl.log(tl.maximum(size, 1).to(tl.float32))[None, :]
             new_max = tl.maximum(running_max, tl.max(weighted, axis=1))

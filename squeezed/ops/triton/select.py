@@ -22,11 +22,30 @@ from torch import Tensor
 
 from squeezed.ops.layout import Recalled
 from squeezed.ops.triton import device as dev
-from squeezed.ops.triton.ahead import ask_ahead, shares_of
+from squeezed.ops.triton.ahead import ask_ahead, ask_rows, bytes_to_ask, shares_of
 from squeezed.ops.triton.score import Scores
 
 _SLOTS = 512  # entries that a program writes at a time; a small chunk's runs are fewer
 _SLOTS_OF_FEW = 128
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """Clusters that values will stand in for where they are not selected.
+
+    Attributes:
+        sizes: [Hk, K] or [B, Hk, K] int32, keys of each cluster that may be stood in for.
+        spread: [Hk, K] float32 or None, as the scores had it.
+        query: [B, Hk, rows, D], as the scores had it; read with `spread` only.
+        scale: softmax scale.
+        values: [Hk, K, D] what stands in, for the L2 cache to be asked for some of it; None: it is not asked.
+    """
+
+    sizes: Tensor
+    spread: Tensor | None
+    query: Tensor
+    scale: float
+    values: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -49,20 +68,21 @@ class WorkList:
     left_out: Tensor | None = None
 
 
-def chunk_size(capacity: int, listed: bool, many: bool) -> int:
+def chunk_size(capacity: int, listed: bool, many: bool, marked: bool) -> int:
     """Clusters per program: enough programs to fill the machine, few enough that they need not wait for one another.
 
     Where a coarser level leaves a list of clusters (`listed`), each is one more read away: smaller pieces hide that.
-    For `many` rows every key is an entry: programs with much to write would keep the others waiting.
+    For `many` rows every key is an entry, and for stand-ins what is left out is `marked`: programs with much to write
+    would keep the others waiting.
     """
     if capacity <= 16384:
         return 256
-    return 512 if listed or many else 1024
+    return 512 if listed or many or marked else 1024
 
 
-def chunks_of(capacity: int, listed: bool, many: bool) -> int:
+def chunks_of(capacity: int, listed: bool, many: bool, marked: bool) -> int:
     """Programs per head, each with a status word."""
-    return triton.cdiv(capacity, chunk_size(capacity, listed, many))
+    return triton.cdiv(capacity, chunk_size(capacity, listed, many, marked))
 
 
 def list_capacity(children: int, clusters: int, window: int, width: int, recalled: int = 0) -> int:
@@ -112,11 +132,15 @@ def _select(
     kept,
     left_out,
     sizes,
+    query,
+    spread,
+    values,
     slots,
     holders,
     status,
     ahead,
     shares,
+    scale,
     problems,
     level,
     kv_heads,
@@ -129,6 +153,7 @@ def _select(
     window_start,
     window_end,
     recalled,
+    HEAD_DIM: tl.constexpr,
     HAS_IDS: tl.constexpr,
     NORMALISED: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -138,6 +163,8 @@ def _select(
     CHUNK_SIZE: tl.constexpr,
     LOG_CHUNK: tl.constexpr,
     SLOTS: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    LINES: tl.constexpr,
     RECALLED: tl.constexpr,
     OWN_SIZES: tl.constexpr,
     PDL: tl.constexpr,
@@ -157,6 +184,17 @@ def _select(
         # Nothing that the scoring writes: read while it still runs.
         first = tl.load(offset_base + index, mask=index < clusters, other=0)
         end = tl.load(offset_base + index + 1, mask=index < clusters, other=0)
+        if sizes is not None:
+            members = tl.load(sizes + asker * clusters + index, mask=index < clusters, other=0)
+        if spread is not None:
+            variance = tl.load(spread + head * clusters + index, mask=index < clusters, other=0.0)
+    row = tl.arange(0, BLOCK_R)
+    if spread is not None:
+        # What second-order scores add to a logit is no part of attention. The query is older than the scoring.
+        dim = tl.arange(0, HEAD_DIM)
+        where_query = query + (problem.to(tl.int64) * rows + row[:, None]) * HEAD_DIM + dim[None, :]
+        q = tl.load(where_query, mask=(row < rows)[:, None], other=0.0, cache_modifier=".cg").to(tl.float32)
+        stretch = tl.sum(q * q, axis=1) * (0.5 * scale * scale)
     if RECALLED:
         single = tl.arange(0, RECALLED)
         slot_of = tl.load(slots + asker * recalled + single, mask=single < recalled, other=-1)
@@ -170,12 +208,15 @@ def _select(
         count = tl.load(id_counts + problem)
     last_chunk = tl.maximum(tl.cdiv(count, CHUNK_SIZE), 1) - 1
     if chunk <= last_chunk:
-        row = tl.arange(0, BLOCK_R)
         inside = index < count
         if HAS_IDS:
             cluster = tl.load(ids + problem.to(tl.int64) * capacity + index, mask=inside, other=0)
             first = tl.load(offset_base + cluster, mask=inside, other=0)
             end = tl.load(offset_base + cluster + 1, mask=inside, other=0)
+            if sizes is not None:
+                members = tl.load(sizes + asker * clusters + cluster, mask=inside, other=0)
+            if spread is not None:
+                variance = tl.load(spread + head * clusters + cluster, mask=inside, other=0.0)
         where_logit = logits + (problem.to(tl.int64) * rows + row[:, None]) * capacity + index[None, :]
         logit_mask = (row < rows)[:, None] & inside[None, :]
         score = tl.load(where_logit, mask=logit_mask, other=float("-inf"))
@@ -197,19 +238,6 @@ def _select(
             peak = safe_peak + tl.log(mean)
 
         size = tl.where(peak > threshold, end - first, 0)
-        if sizes is not None:
-            member = index
-            if HAS_IDS:
-                member = cluster
-            members = tl.load(sizes + asker * clusters + member, mask=inside, other=0)
-            passed_over = (peak <= threshold) & (members > 0)
-            members = tl.maximum(members, 1).to(tl.float32)
-            if NORMALISED:
-                stands_in = tl.where(passed_over, tl.log2(members), float("-inf"))
-                tl.store(left_out + problem.to(tl.int64) * capacity + index, stands_in, mask=inside)
-            else:
-                logit = tl.where(passed_over[None, :], logit + tl.log(members)[None, :], float("-inf"))
-                tl.store(where_logit, logit, mask=logit_mask)
         runs = (size + (WIDTH - 1)) // WIDTH
         ends = tl.cumsum(runs, axis=0)
         begins = ends - runs
@@ -242,9 +270,25 @@ def _select(
         tl.atomic_xchg(
             words + chunk, done | (chunk_runs.to(tl.int64) << 31) | chunk_children.to(tl.int64), sem="relaxed"
         )
+        if values is not None:  # noqa: SIM102
+            # Nearly all of them will stand in, and until attention starts memory has little else to do.
+            if problem < kv_heads:
+                ask_rows(values, head, chunk * CHUNK_SIZE, clusters, ROW_BYTES, LINES)
         # What this chunk lists is made out while the chunks before it publish their counts.
         slot = tl.arange(0, SLOTS)
         entry = _entries(slot, first, size, begins, ends, WIDTH, CHUNK_SIZE, LOG_CHUNK, SLOTS)
+        if sizes is not None:
+            passed_over = (peak <= threshold) & (members > 0)
+            many_members = tl.maximum(members, 1).to(tl.float32)
+            if NORMALISED:
+                stands_in = tl.where(passed_over, tl.log2(many_members), float("-inf"))
+                tl.store(left_out + problem.to(tl.int64) * capacity + index, stands_in, mask=inside)
+            else:
+                logit += tl.log(many_members)[None, :]
+                if spread is not None:
+                    logit -= stretch[:, None] * variance[None, :]
+                logit = tl.where(passed_over[None, :], logit, float("-inf"))
+                tl.store(where_logit, logit, mask=logit_mask, eviction_policy="evict_last")
         before = tl.arange(0, BLOCK_CHUNKS)
         word = tl.load(words + before, mask=before < chunk, other=done, volatile=True)
         while tl.min(word, axis=0) < done:
@@ -285,7 +329,7 @@ def select_clusters(
     ids: Tensor | None = None,
     id_counts: Tensor | None = None,
     kept: Tensor | None = None,
-    sizes: Tensor | None = None,
+    replaced: Replaced | None = None,
     recalled: Recalled | None = None,
     ahead: Tensor | None = None,
     *,
@@ -296,7 +340,7 @@ def select_clusters(
 
     Args:
         scores: of this level.
-        status: [B * Hk * chunks_of(capacity, ids is not None)] int64, zero.
+        status: [B * Hk * chunks_of(...)] int64, zero.
         offsets: [Hk, K + 1] int32 CSR.
         children: most children that the clusters of a head have together.
         log_thresholds: [levels] float32 on the device; `level` picks one.
@@ -304,18 +348,18 @@ def select_clusters(
         width: children per entry, at most 8.
         ids, id_counts: as given to the scoring of this level.
         kept: [B * Hk] int32 to write the number of selected children to; by default a new one.
-        sizes: [Hk, K] or [B, Hk, K] int32, keys of each cluster that may be stood in for, to also tell which clusters
-            are left out. With few rows the logits do, which become those of what stands in for a cluster's keys: its
-            log size is added, and they are -inf for selected clusters. With many, `left_out` does.
-        recalled: keys to list as well where their clusters are not selected; of one question for all, if `sizes` are.
+        replaced: to also tell which clusters are left out. With few rows the logits do, which become those of what
+            stands in for a cluster's keys: its log size is added, what a second-order score had added is taken away,
+            and they are -inf for selected clusters. With many, `left_out` does.
+        recalled: keys to list as well where their clusters are not selected; of one question for all, if sizes are.
         ahead: bytes that a later launch reads; the L2 cache is asked for them.
     """
     problems, rows, capacity = scores.logits.shape
     kv_heads, clusters = offsets.shape[0], offsets.shape[1] - 1
     normalised = scores.part_max is None
     splits = 1 if scores.part_max is None else scores.part_max.shape[2]
-    chunks = chunks_of(capacity, ids is not None, normalised)
-    chunk = chunk_size(capacity, ids is not None, normalised)
+    chunk = chunk_size(capacity, ids is not None, normalised, replaced is not None)
+    chunks = triton.cdiv(capacity, chunk)
     single = 0 if recalled is None else recalled.slots.shape[2]
     list_size = list_capacity(children, clusters, window[1] - window[0], width, single)
     if warps is None:
@@ -323,6 +367,11 @@ def select_clusters(
         short = chunk == 256 and ids is None and not normalised
         several = problems * chunks > dev.multiprocessors(offsets.device)
         warps = 8 if rows > 4 else 2 if short and several else 4
+    sizes = None if replaced is None else replaced.sizes
+    query, spread, values, lines = None, None, None, 0
+    if replaced is not None and not normalised:
+        query, spread = replaced.query, replaced.spread
+        values, lines = bytes_to_ask(replaced.values, kv_heads * chunks, chunk)
     by_question = recalled.slots if recalled else sizes
     own_sizes = by_question is not None and by_question.dim() == 3 and by_question.shape[0] > 1
     entries = torch.empty(problems, list_size, dtype=torch.int32, device=offsets.device)
@@ -344,11 +393,15 @@ def select_clusters(
         kept,
         left_out,
         sizes,
+        query,
+        spread,
+        values,
         recalled.slots if recalled else None,
         recalled.clusters if recalled else None,
         status,
         ahead,
         shares_of(ahead),
+        0.0 if replaced is None else replaced.scale,
         problems,
         level,
         kv_heads,
@@ -361,6 +414,7 @@ def select_clusters(
         window[0],
         window[1],
         single,
+        HEAD_DIM=0 if query is None else query.shape[-1],
         HAS_IDS=ids is not None,
         NORMALISED=normalised,
         WIDTH=width,
@@ -370,6 +424,8 @@ def select_clusters(
         CHUNK_SIZE=chunk,
         LOG_CHUNK=chunk.bit_length() - 1,
         SLOTS=slots or (_SLOTS_OF_FEW if chunk == 256 and width > 1 else _SLOTS),
+        ROW_BYTES=0 if values is None else values.shape[-1],
+        LINES=lines,
         RECALLED=triton.next_power_of_2(single) if single else 0,
         OWN_SIZES=own_sizes,
         num_warps=warps,

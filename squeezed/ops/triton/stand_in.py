@@ -35,9 +35,8 @@ class LeftOut:
         log_sizes: [B * Hk, capacity] float32, of the level's clusters or of those in `ids`: log2 of their number of
             keys, -inf for those that are selected; None for few rows that all vote.
         scores: of this level, in the same order; for few rows that all vote, the logits as `select_clusters` left
-            them: each with its cluster's log size, -inf for what is selected.
+            them: each with its cluster's log size and no second-order part, -inf for what is selected.
         centroids, values: [Hk, K, D].
-        spread: [Hk, K] float32 or None, as the scores had it.
         ids, id_counts: [B * Hk, capacity] and [B * Hk] int32, the clusters that a coarser level left; or None.
     """
 
@@ -45,7 +44,6 @@ class LeftOut:
     scores: Scores
     centroids: Tensor
     values: Tensor
-    spread: Tensor | None
     ids: Tensor | None
     id_counts: Tensor | None
 
@@ -104,7 +102,6 @@ def _stand_in(
     logits,
     centroids,
     values,
-    spread,
     ids,
     id_counts,
     key_scale,
@@ -151,9 +148,6 @@ def _stand_in(
         mask=row_mask[:, None],
         other=0.0,
     )
-    full = q.to(tl.float32)
-    # What second-order scores add to a logit is no part of attention.
-    stretch = tl.sum(full * full, axis=1) * (0.5 * scale * scale)
     # Numbers in 8 bits are exact in float16.
     dtype: tl.constexpr = tl.float16 if PACKED and query.dtype.element_ty == tl.bfloat16 else query.dtype.element_ty
     scaled, logit_scale, shift = scaled_query(q, key_scale, key_centre, head, scale * log2e, HEAD_DIM)
@@ -183,9 +177,6 @@ def _stand_in(
                 mask=row_mask[:, None] & inside[None, :],
                 other=float("-inf"),
             )
-            if spread is not None:
-                variance = tl.load(spread + head * clusters + cluster, mask=inside, other=0.0)
-                x -= stretch[:, None] * variance[None, :]
             x = x * log2e
         else:
             log_size = tl.load(log_sizes + list_base + index, mask=inside, other=float("-inf"))
@@ -313,7 +304,6 @@ def attend_left_out(
                 query,
                 level.scores.logits,
                 level.values.view(torch.int32),
-                level.spread,
                 level.ids,
                 level.id_counts,
                 *scales,
@@ -339,7 +329,6 @@ def attend_left_out(
             level.scores.logits,
             level.centroids.view(torch.int32) if packed else level.centroids,
             level.values.view(torch.int32) if packed else level.values,
-            level.spread,
             level.ids,
             level.id_counts,
             *(scales or (None,) * 4),

@@ -37,7 +37,6 @@ def stand_in_row(
     query,
     logits,
     values,
-    spread,
     ids,
     id_counts,
     key_scale,
@@ -69,11 +68,7 @@ def stand_in_row(
     WORDS: tl.constexpr = HEAD_DIM // 4
     word = tl.arange(0, WORDS)
     row_query = query + problem.to(tl.int64) * HEAD_DIM
-    _, _, _, _, mean, norm = packed_query(
-        row_query, key_scale + head * HEAD_DIM, key_centre + head * HEAD_DIM, HEAD_DIM
-    )
-    # What second-order scores add to a logit is no part of attention.
-    stretch = norm * (0.5 * scale * scale)
+    _, _, _, _, mean, _ = packed_query(row_query, key_scale + head * HEAD_DIM, key_centre + head * HEAD_DIM, HEAD_DIM)
     count = clusters
     if HAS_IDS:
         count = tl.load(id_counts + problem)
@@ -96,8 +91,6 @@ def stand_in_row(
             cluster = tl.load(ids + list_base + index, mask=inside, other=0)
         v = tl.load(base + cluster[:, None] * WORDS + word[None, :], mask=inside[:, None], other=0)
         x = tl.load(logits + list_base + index, mask=inside, other=float("-inf"))
-        if spread is not None:
-            x -= stretch * tl.load(spread + head * clusters + cluster, mask=inside, other=0.0)
         x = x * log2e
         new_top = tl.maximum(top, tl.max(x, axis=0))
         safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
