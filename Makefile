@@ -16,7 +16,7 @@ test: lint $(READY)
 	TRITON_INTERPRET=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not gpu" -n $(PROCESSES) --dist worksteal
 
 # On a machine with a CUDA device and torch, triton and transformers already installed. Most of the time is compiling:
-# with pytest-xdist, `make test-gpu PYTEST_OPTIONS="-n 12"`.
+# with pytest-xdist, `make test-gpu PYTEST_OPTIONS="-n 8"`.
 test-gpu:
 	$(PYTHON) -m pytest -m gpu $(PYTEST_OPTIONS)
 

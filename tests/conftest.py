@@ -32,7 +32,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def gpu_memory_given_back() -> Iterator[None]:
-    """So that a dozen processes can test on one GPU."""
+    """So that several processes can test on one GPU."""
     yield
     if torch.cuda.is_initialized():
         gc.collect()
