@@ -46,9 +46,9 @@ def test_leaving_keys_out_shows_in_error_and_budget(
     assert row["squeezed"]["floor_ms"] < row["dense"]["floor_ms"]
 
 
-@pytest.mark.parametrize("levels", [1, 2])
-def test_a_planted_context_realises_the_sparsity_that_is_asked_for(levels: int, tiny_shape: str) -> None:
-    rows = time_shape(tiny_shape, [2000, 3000], 0.9, levels, 20, 8, "cpu", torch.float32)
+@pytest.mark.parametrize(("levels", "preset"), [(1, "paper"), (2, "paper"), (1, "best")])
+def test_a_planted_context_realises_the_sparsity_that_is_asked_for(levels: int, preset: str, tiny_shape: str) -> None:
+    rows = time_shape(tiny_shape, [2000, 3000], 0.9, levels, 20, 8, "cpu", torch.float32, preset)
     assert [row["context"] for row in rows] == [2000, 3000]
     for row in rows:
         assert row["squeezed"]["kept_fraction"] == pytest.approx(0.1, abs=0.06)

@@ -17,9 +17,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from squeezed.bench.planted import Planted, copies, planted_context, sharpness_of_heads
 from squeezed.cache import FixedLayer, Selection, SqueezedCache
 from squeezed.calibration import ThresholdCurves, calibrate
+from squeezed.config import PRESETS, BuildConfig
 from squeezed.decode.loop import prefill
 from squeezed.errors import InputError
 from squeezed.models import attention_modules
+from squeezed.storage import store
 
 _DISTINCT = 2  # layers that are planted and clustered; the others are copies in memory of their own
 _QUESTION = 64  # tokens of the question that calibrates
@@ -74,15 +76,21 @@ class PlantedContext:
 
     Attributes:
         tokens: number of fixed tokens.
+        storage: how the layers are kept and who votes; planted clusters have no spread, and nothing is recalled.
         layers: one per decoder layer.
         curves: thresholds for every sparsity.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokens: int, levels: int = 1, on_stage: Callable[[str], None] = lambda stage: None
+        self,
+        model: PreTrainedModel,
+        tokens: int,
+        levels: int = 1,
+        storage: BuildConfig = PRESETS["paper"],
+        on_stage: Callable[[str], None] = lambda stage: None,
     ) -> None:
         config = model.config
-        self.tokens = tokens
+        self.tokens, self.storage = tokens, storage
         self._shape = Planted(
             tokens,
             config.num_attention_heads,
@@ -99,13 +107,15 @@ class PlantedContext:
         self.curves = ThresholdCurves.keep_everything(levels)
         on_stage("calibrating")
         self._sharpen(model, self._observe(model))
+        self.layers = [store(layer, storage) for layer in self.layers]
         segments = [[query[0]] for query in self._observe(model)]
         modules: list[Any] = attention_modules(model)
         self.curves = calibrate(self.layers, segments, [module.scaling for module in modules])
 
     def cache(self, sparsity: float, dense: bool = False, adaptive: bool = False) -> SqueezedCache:
         """A fresh cache for one question."""
-        selection = Selection(None if dense else self.curves, sparsity, adaptive=adaptive, whole=None)
+        voters = self.storage.voters
+        selection = Selection(None if dense else self.curves, sparsity, voters=voters, adaptive=adaptive, whole=None)
         return SqueezedCache([FixedLayer(layer, selection, layer.tokens) for layer in self.layers])
 
     def inputs(self, ids: list[int], device: torch.device) -> dict[str, Tensor]:

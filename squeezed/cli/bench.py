@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -14,6 +14,9 @@ from rich.table import Table
 from squeezed.cli import bench_app, messages, output
 from squeezed.cli.options import Device, DType, JsonFlag, load, parse_dtype, resolve_device
 from squeezed.errors import InputError
+
+if TYPE_CHECKING:
+    from squeezed.config import BuildConfig
 
 
 @bench_app.command()
@@ -132,19 +135,29 @@ def generate(
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate per question.")] = 64,
     sparsity: Annotated[float, typer.Option(help="Share of the keys to leave out, 0 to 1.")] = 0.9,
     levels: Annotated[int, typer.Option(help="Cluster levels, 1 to 3.")] = 1,
+    preset: Annotated[
+        str | None, typer.Option(help="best: ours; paper: as published. [best; paper with --shape]")
+    ] = None,
     device: Device = "auto",
     dtype: DType = "auto",
     as_json: JsonFlag = False,
 ) -> None:
     """Whole answers: time to first token and tokens per second, dense and squeezed."""
-    from squeezed.config import check_sparsity
+    from squeezed.config import check_sparsity, find_preset
 
     check_sparsity(sparsity)
     if new_tokens < 2:
         raise InputError(f"new-tokens is {new_tokens}: expected at least 2, to time those after the first")
+    preset = preset or ("paper" if shape else "best")
+    config = replace(find_preset(preset), levels=levels)
+    if config.key_bits == 8:
+        raise InputError(
+            f"preset is {preset}, which keeps no 16-bit keys to time dense answers with: expected best or paper; "
+            "for its speed see bench attention"
+        )
     place = resolve_device(device)
     if shape is None:
-        rows = _generate_with(model, file, context or [7500], question, new_tokens, sparsity, levels, place, dtype)
+        rows = _generate_with(model, file, context or [7500], question, new_tokens, sparsity, config, place, dtype)
     elif place.startswith("cuda"):
         import torch
 
@@ -153,10 +166,20 @@ def generate(
         kind = parse_dtype(dtype) or torch.bfloat16
         with messages.status("starting") as status:
             rows = time_shape(
-                shape, context or [131072], sparsity, levels, question_tokens, new_tokens, place, kind, status.update
+                shape,
+                context or [131072],
+                sparsity,
+                levels,
+                question_tokens,
+                new_tokens,
+                place,
+                kind,
+                preset,
+                status.update,
             )
     else:
         raise InputError("--shape times a GPU and there is none in use; leave it out, or pass --device cuda")
+    rows = [{"preset": preset, **row} for row in rows]
     run = {"device": _device_name(place), "model": shape or model, **_versions(), "rows": rows}
     _print(run, as_json)
 
@@ -168,13 +191,12 @@ def _generate_with(
     question: list[str] | None,
     new_tokens: int,
     sparsity: float,
-    levels: int,
+    config: BuildConfig,
     device: str,
     dtype: str,
 ) -> list[dict[str, Any]]:
     from squeezed.bench.generate import time_generation, time_generation_on_device
     from squeezed.cli.progress import Stages
-    from squeezed.config import BuildConfig
     from squeezed.context import FixedContext
     from squeezed.demo import manual_path, questions
     from squeezed.text import fit_to_tokens, read_files
@@ -187,7 +209,7 @@ def _generate_with(
     for tokens in contexts:
         with Stages(messages) as stages:
             fixed = FixedContext.from_text(
-                lm, tokenizer, fit_to_tokens(tokenizer, text, tokens), BuildConfig(levels=levels), True, stages.update
+                lm, tokenizer, fit_to_tokens(tokenizer, text, tokens), config, True, stages.update
             )
         with messages.status("timing") as status:
             rows.append(run(lm, tokenizer, fixed, asked, sparsity, new_tokens, status.update))

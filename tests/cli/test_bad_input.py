@@ -172,6 +172,7 @@ def test_timings_that_cannot_be_taken(squeeze: Command) -> None:
     assert "File exists" in squeeze.refuses(*bench, "-o", "file")
     assert "Not a directory" in squeeze.refuses(*bench, "-o", "file/out")
     assert "timed on a GPU only" in squeeze.refuses(*bench, "--preset", "compact")
+    assert "keeps no 16-bit keys" in squeeze.refuses("bench", "generate", "--preset", "compact")
 
 
 def test_a_configuration_that_is_no_json(squeeze: Command, text: Path) -> None:
