@@ -15,12 +15,13 @@ pytest.importorskip("triton")
 from squeezed.attention import attend_fixed
 from squeezed.bench.attention import Sweep, time_on_cpu
 from squeezed.bench.device_attention import Case, calibrated_thresholds, mean_scores, relative_errors
-from squeezed.bench.planted import Planted, planted_context, planted_queries
+from squeezed.bench.planted import Planted, copies, planted_context, planted_queries, with_clusters_copied
 from squeezed.bench.plots import plot_speedups
 from squeezed.cache import FixedLayer
 from squeezed.config import PRESETS
 from squeezed.errors import InputError
 from squeezed.ops import reference
+from squeezed.storage import store
 
 SMALL = Planted(1500, 4, 2, 16, coarse_share=0.01, dtype=torch.float32)
 
@@ -55,6 +56,19 @@ def test_a_single_row_is_printed_in_words(run_squeeze: tiny.Run) -> None:
     assert status == 0
     assert re.search(r"stages \(score [\d.e-]+,", out)
     assert not re.search(r"[{}']", out)
+
+
+def test_further_layers_share_keys_and_have_clusters_of_their_own() -> None:
+    own = [store(layer, PRESETS["best"]) for layer in copies(planted_context(SMALL, "cpu"), 2)]
+    layers = with_clusters_copied(own, 5)
+    assert [id(layer) for layer in layers[:2]] == [id(layer) for layer in own]
+    assert all(layer.keys is own[i % 2].keys and layer.values is own[i % 2].values for i, layer in enumerate(layers))
+    for depth in range(2):
+        for part in ("centroids", "values", "sizes", "offsets"):
+            found = [getattr(layer.levels[depth], part) for layer in layers]
+            assert len({tensor.data_ptr() for tensor in found}) == 5
+            assert all(tensor.equal(found[0]) for tensor in found)
+    assert with_clusters_copied(own, 1) == own
 
 
 def test_scores_taken_a_few_rows_at_a_time_are_the_references(monkeypatch: pytest.MonkeyPatch) -> None:

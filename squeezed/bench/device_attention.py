@@ -2,8 +2,10 @@
 
 What is timed is what generation calls: many queries are taken in blocks that share a selection, see `Selection`.
 
-Consecutive layers hold different memory, so that no cache serves a repetition; times are per layer. The threshold is
-the quantile over all heads and keys of calibration queries that are not the timed ones.
+Consecutive layers hold different memory, so that no cache serves a repetition; times are per layer. Where one token is
+timed there are as many layers as in a model, since what of a layer the cache is asked to keep would otherwise still be
+there in the next round. The threshold is the quantile over all heads and keys of calibration queries that are not the
+timed ones.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from squeezed.attention import attend_fixed
 from squeezed.bench.attention import Sweep
 from squeezed.bench.graphs import graph_ms
-from squeezed.bench.planted import Planted, copies, planted_context, planted_queries
+from squeezed.bench.planted import Planted, copies, planted_context, planted_queries, with_clusters_copied
 from squeezed.cache import FixedLayer, Selection
 from squeezed.calibration import ThresholdCurves
 from squeezed.config import PRESETS, BuildConfig, find_preset
@@ -39,6 +41,7 @@ DENSE_FLOPS = 604e12  # of cuDNN on long question prefills, same device
 _LOGITS = 2**27  # held at once by the checks in plain torch: 512 MB
 _CHECKED_QUERIES = 16
 _LONG_MS = 10.0
+_LAYERS = 32  # whose clusters are read in turn, as in a model
 
 
 @dataclass(frozen=True)
@@ -272,6 +275,8 @@ def measure(case: Case, stack: Stack) -> dict[str, Any]:
     dense = stack.dense[asked]
     selection = case.selection(thresholds)
     layers = [store(part, case.storage) for part in stack.layers]
+    if case.queries == 1:
+        layers = with_clusters_copied(layers, _LAYERS)
     layer = layers[0]
     asked_layers = [FixedLayer(part, selection, part.tokens) for part in layers]
 

@@ -90,12 +90,36 @@ def copies(layer: ClusteredKeys, count: int) -> list[ClusteredKeys]:
     return [layer, *(_copy(layer) for _ in range(count - 1))]
 
 
-def _copy(layer: ClusteredKeys) -> ClusteredKeys:
+def with_clusters_copied(layers: list[ClusteredKeys], count: int) -> list[ClusteredKeys]:
+    """At least `count` layers: further ones share keys and values with these, but have clusters of their own.
+
+    A cache may keep some of a layer's clusters until they are read again, if few layers are read in turn: in a model
+    as many others come between as it has layers. Keys are too many to be kept.
+    """
+    shared = (layers[number % len(layers)] for number in range(len(layers), count))
+    return [*layers, *(_with_clusters_copied(layer) for layer in shared)]
+
+
+def _with_clusters_copied(layer: ClusteredKeys) -> ClusteredKeys:
+    def copied(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.clone()
+
     levels = tuple(
-        replace(level, centroids=level.centroids.clone(), sizes=level.sizes.clone(), offsets=level.offsets.clone())
+        replace(
+            level,
+            centroids=level.centroids.clone(),
+            sizes=level.sizes.clone(),
+            offsets=level.offsets.clone(),
+            spread=copied(level.spread),
+            values=copied(level.values),
+        )
         for level in layer.levels
     )
-    return replace(layer, keys=layer.keys.clone(), values=layer.values.clone(), levels=levels)
+    return replace(layer, levels=levels)
+
+
+def _copy(layer: ClusteredKeys) -> ClusteredKeys:
+    return replace(_with_clusters_copied(layer), keys=layer.keys.clone(), values=layer.values.clone())
 
 
 def sharpness_of_heads(shape: Planted, device: torch.device) -> Tensor:
