@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -11,6 +13,7 @@ from squeezed.bench import shapes
 from squeezed.bench.device_generate import compare_answers, weight_bytes
 from squeezed.bench.generate import time_generation_on_device, time_shape
 from squeezed.bench.shapes import PlantedContext, random_model
+from squeezed.config import PRESETS
 from squeezed.context import FixedContext
 from squeezed.errors import InputError
 
@@ -48,7 +51,8 @@ def test_leaving_keys_out_shows_in_error_and_budget(
 
 @pytest.mark.parametrize(("levels", "preset"), [(1, "paper"), (2, "paper"), (1, "best")])
 def test_a_planted_context_realises_the_sparsity_that_is_asked_for(levels: int, preset: str, tiny_shape: str) -> None:
-    rows = time_shape(tiny_shape, [2000, 3000], 0.9, levels, 20, 8, "cpu", torch.float32, preset)
+    config = replace(PRESETS[preset], levels=levels)
+    rows = time_shape(tiny_shape, [2000, 3000], 0.9, config, 20, 8, "cpu", torch.float32)
     assert [row["context"] for row in rows] == [2000, 3000]
     for row in rows:
         assert row["squeezed"]["kept_fraction"] == pytest.approx(0.1, abs=0.06)

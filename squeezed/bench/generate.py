@@ -16,7 +16,7 @@ from squeezed.attention import takes_everything
 from squeezed.bench.device_generate import Way, time_ways
 from squeezed.bench.shapes import PlantedContext, random_model
 from squeezed.cache import FixedLayer, SqueezedCache, Usage
-from squeezed.config import find_preset
+from squeezed.config import BuildConfig
 from squeezed.context import FixedContext, pad_left
 
 
@@ -119,16 +119,14 @@ def time_shape(
     shape: str,
     contexts: Sequence[int],
     sparsity: float,
-    levels: int,
+    config: BuildConfig,
     question_tokens: int,
     new_tokens: int,
     device: str,
     dtype: torch.dtype,
-    preset: str = "paper",
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> list[dict[str, Any]]:
     """A row for each context length: a model of that shape with random weights, over planted keys."""
-    storage = find_preset(preset)
     on_stage(f"making {shape}")
     model = random_model(shape, device, dtype)
     generator = torch.Generator().manual_seed(1)
@@ -136,7 +134,7 @@ def time_shape(
     about = {"shape": shape, "weights": "random", "fixed_context": "planted keys, not prefilled"}
     rows = []
     for tokens in contexts:
-        planted = PlantedContext(model, tokens, levels, storage, on_stage)
+        planted = PlantedContext(model, tokens, config, on_stage)
         rows.append({**about, **_time_planted(model, planted, asked, sparsity, new_tokens, on_stage)})
         del planted
     return rows

@@ -76,7 +76,7 @@ class PlantedContext:
 
     Attributes:
         tokens: number of fixed tokens.
-        storage: how the layers are kept and who votes; planted clusters have no spread, and nothing is recalled.
+        config: levels, how the layers are kept and who votes; planted clusters have no spread, and nothing is recalled.
         layers: one per decoder layer.
         curves: thresholds for every sparsity.
     """
@@ -85,36 +85,35 @@ class PlantedContext:
         self,
         model: PreTrainedModel,
         tokens: int,
-        levels: int = 1,
-        storage: BuildConfig = PRESETS["paper"],
+        config: BuildConfig = PRESETS["paper"],
         on_stage: Callable[[str], None] = lambda stage: None,
     ) -> None:
-        config = model.config
-        self.tokens, self.storage = tokens, storage
+        shape = model.config
+        self.tokens, self.config = tokens, config
         self._shape = Planted(
             tokens,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            coarse_share=0.01 if levels > 1 else None,
+            shape.num_attention_heads,
+            shape.num_key_value_heads,
+            shape.head_dim,
+            coarse_share=0.01 if config.levels > 1 else None,
             dtype=model.dtype,
         )
         on_stage(f"planting {tokens} tokens")
-        count, kinds = config.num_hidden_layers, min(_DISTINCT, config.num_hidden_layers)
+        count, kinds = shape.num_hidden_layers, min(_DISTINCT, shape.num_hidden_layers)
         shares = [count // kinds + (kind < count % kinds) for kind in range(kinds)]
         planted = (planted_context(self._shape, str(model.device), seed) for seed in range(kinds))
         self.layers = [layer for made, share in zip(planted, shares, strict=True) for layer in copies(made, share)]
-        self.curves = ThresholdCurves.keep_everything(levels)
+        self.curves = ThresholdCurves.keep_everything(config.levels)
         on_stage("calibrating")
         self._sharpen(model, self._observe(model))
-        self.layers = [store(layer, storage) for layer in self.layers]
+        self.layers = [store(layer, config) for layer in self.layers]
         segments = [[query[0]] for query in self._observe(model)]
         modules: list[Any] = attention_modules(model)
         self.curves = calibrate(self.layers, segments, [module.scaling for module in modules])
 
     def cache(self, sparsity: float, dense: bool = False, adaptive: bool = False) -> SqueezedCache:
         """A fresh cache for one question."""
-        voters = self.storage.voters
+        voters = self.config.voters
         selection = Selection(None if dense else self.curves, sparsity, voters=voters, adaptive=adaptive, whole=None)
         return SqueezedCache([FixedLayer(layer, selection, layer.tokens) for layer in self.layers])
 

@@ -166,16 +166,7 @@ def generate(
         kind = parse_dtype(dtype) or torch.bfloat16
         with messages.status("starting") as status:
             rows = time_shape(
-                shape,
-                context or [131072],
-                sparsity,
-                levels,
-                question_tokens,
-                new_tokens,
-                place,
-                kind,
-                preset,
-                status.update,
+                shape, context or [131072], sparsity, config, question_tokens, new_tokens, place, kind, status.update
             )
     else:
         raise InputError("--shape times a GPU and there is none in use; leave it out, or pass --device cuda")

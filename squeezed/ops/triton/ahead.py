@@ -24,7 +24,7 @@ from squeezed.ops.triton import device as dev
 _LINE = tl.constexpr(128)  # bytes of a request
 _LINES = tl.constexpr(1024)  # requests of a program
 SHARE = _LINES.value * _LINE.value
-_ASKED = 8 * 2**20  # bytes of values: as many as memory has time for
+_VALUES = 8 * 2**20  # bytes of them: as many as memory has time for
 
 
 def part(wanted: Tensor | None, first: int, size: int) -> Tensor | None:
@@ -62,13 +62,13 @@ def _ask(line, KEEP: tl.constexpr):
 def bytes_to_ask(values: Tensor | None, programs: int, rows: int) -> tuple[Tensor | None, int]:
     """What `ask_rows` takes: `values` [Hk, K, D] as bytes, and how many lines each of `programs` asks for.
 
-    Together about `_ASKED`, and at most the program's `rows`; None and 0 where a device can't be asked.
+    Together up to `_VALUES`, and each at most the program's `rows`; None and 0 where a device can't be asked.
     """
     if values is None or not dev.has_dependent_launch(values.device):
         return None, 0
     found = values.view(torch.uint8)
     line = _LINE.value
-    lines = min(_ASKED // (programs * line), rows * found.shape[-1] // line)
+    lines = min(_VALUES // (programs * line), rows * found.shape[-1] // line)
     return (found, 1 << (lines.bit_length() - 1)) if lines else (None, 0)
 
 

@@ -279,12 +279,12 @@ def _select(
         entry = _entries(slot, first, size, begins, ends, WIDTH, CHUNK_SIZE, LOG_CHUNK, SLOTS)
         if sizes is not None:
             passed_over = (peak <= threshold) & (members > 0)
-            many_members = tl.maximum(members, 1).to(tl.float32)
+            at_least_one = tl.maximum(members, 1).to(tl.float32)
             if NORMALISED:
-                stands_in = tl.where(passed_over, tl.log2(many_members), float("-inf"))
+                stands_in = tl.where(passed_over, tl.log2(at_least_one), float("-inf"))
                 tl.store(left_out + problem.to(tl.int64) * capacity + index, stands_in, mask=inside)
             else:
-                logit += tl.log(many_members)[None, :]
+                logit += tl.log(at_least_one)[None, :]
                 if spread is not None:
                     logit -= stretch[:, None] * variance[None, :]
                 logit = tl.where(passed_over[None, :], logit, float("-inf"))
@@ -340,7 +340,7 @@ def select_clusters(
 
     Args:
         scores: of this level.
-        status: [B * Hk * chunks_of(...)] int64, zero.
+        status: [B * Hk * `chunks_of` these scores] int64, zero.
         offsets: [Hk, K + 1] int32 CSR.
         children: most children that the clusters of a head have together.
         log_thresholds: [levels] float32 on the device; `level` picks one.
@@ -358,8 +358,8 @@ def select_clusters(
     kv_heads, clusters = offsets.shape[0], offsets.shape[1] - 1
     normalised = scores.part_max is None
     splits = 1 if scores.part_max is None else scores.part_max.shape[2]
-    chunk = chunk_size(capacity, ids is not None, normalised, replaced is not None)
-    chunks = triton.cdiv(capacity, chunk)
+    pieces = (capacity, ids is not None, normalised, replaced is not None)
+    chunks, chunk = chunks_of(*pieces), chunk_size(*pieces)
     single = 0 if recalled is None else recalled.slots.shape[2]
     list_size = list_capacity(children, clusters, window[1] - window[0], width, single)
     if warps is None:
