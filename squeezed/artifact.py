@@ -111,20 +111,24 @@ def prepare(folder: Path, replace_existing: bool = False) -> Iterator[Path]:
 def check_target(folder: Path, replace_existing: bool) -> None:
     """Raise InputError if the absolute `folder` can't be written, or holds what may not be replaced."""
     _restore(folder)
-    existing = folder.parent
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise InputError(f"{folder} can't be written: {existing} is a file; choose another folder")
-    if not os.access(existing, os.W_OK):
-        reason = "Read-only file system" if os.statvfs(existing).f_flag & os.ST_RDONLY else "Permission denied"
-        raise InputError(f"{folder} can't be written: {reason}; choose another folder")
+    check_place(folder, folder.parent)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not (folder / MANIFEST).is_file():
         raise InputError(f"{folder} exists and is not a fixed context; choose another folder")
     if not replace_existing:
         raise InputError(f"{folder} exists already; pass --force to replace it, or choose another folder")
+
+
+def check_place(folder: Path, place: Path) -> None:
+    """Raise InputError unless `place`, or as much of it as there is, takes what is to be written to `folder`."""
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise InputError(f"{folder} can't be written: {place} is a file; choose another folder")
+    if not os.access(place, os.W_OK):
+        reason = "Read-only file system" if os.statvfs(place).f_flag & os.ST_RDONLY else "Permission denied"
+        raise InputError(f"{folder} can't be written: {reason}; choose another folder")
 
 
 @contextmanager
@@ -134,7 +138,7 @@ def naming(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(f"the disk of {folder} is full; free some space and build again") from error
+            raise InputError(f"the disk of {folder} is full; free some space and try again") from error
         raise InputError(f"{folder} can't be written: {error.strerror}; choose another folder") from error
 
 

@@ -146,8 +146,10 @@ def check_device(device: str) -> str:
 
     try:
         parsed = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"device is {device!r}: expected cpu or cuda; pass --device cpu") from error
+    except RuntimeError:
+        parsed = None
+    if parsed is None or parsed.type not in ("cpu", "cuda"):
+        raise InputError(f"device is {device!r}: expected cpu or cuda; pass --device cpu")
     if parsed.type == "cuda" and not torch.cuda.is_available():
         raise InputError("device is cuda, but torch finds no CUDA device here; pass --device cpu")
     return str(parsed)

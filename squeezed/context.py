@@ -293,8 +293,8 @@ class FixedContext:
         for key, what in (
             ("type", "model type"),
             ("config", "model configuration (hash)"),
+            ("dtype", "dtype"),  # before the weights, whose fingerprint is another in float16
             ("weights", "model weights (fingerprint)"),
-            ("dtype", "dtype"),
         ):
             if found[key] != self.model[key]:
                 raise InputError(

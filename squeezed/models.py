@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def load_model(
         )
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, struct.error) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         raise InputError(
             f"model {name!r} can't be loaded: {reason}; expected a transformers folder with weights and a tokenizer, "
@@ -202,8 +203,8 @@ def rope_switch(model: PreTrainedModel) -> tuple[str, int | None]:
 def model_identity(model: PreTrainedModel) -> dict[str, str]:
     """What tells this model's keys from another's: type, dtype, hash of the architecture, fingerprint of the weights.
 
-    The fingerprint covers 64 values of every parameter, rounded to bfloat16 so that it does not depend on the dtype
-    that the model was loaded in.
+    The fingerprint covers 64 values of every parameter, rounded to bfloat16 so that it is the same for a model loaded
+    in float32 and in bfloat16; float16 rounds otherwise.
     """
     text = model.config.get_text_config().to_dict()
     volatile = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")

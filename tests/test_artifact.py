@@ -113,8 +113,9 @@ def _other_model(**changes: object) -> Callable[[], PreTrainedModel]:
         (_other_model(rms_norm_eps=1e-3), "model configuration"),
         (lambda: tiny.model("llama", seed=1), "model weights"),
         (lambda: tiny.model("llama").to(torch.bfloat16), "dtype"),
+        (lambda: tiny.model("llama").to(torch.float16), "dtype"),
     ],
-    ids=["type", "layers", "norm", "weights", "dtype"],
+    ids=["type", "layers", "norm", "weights", "bfloat16", "float16"],
 )
 def test_another_model_is_refused_naming_the_difference(
     make: Callable[[], PreTrainedModel], difference: str, tokenizer: PreTrainedTokenizerFast, saved: Path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -31,8 +32,22 @@ def test_a_sweep_has_one_hierarchical_row_beside_those_of_one_level() -> None:
     assert Sweep(sparsities=(0.7, 0.8), levels=(2,)).ways() == [(2, 0.7), (2, 0.8)]
     with pytest.raises(InputError, match="levels is 3"):
         Sweep(levels=(1, 3))
-    with pytest.raises(InputError, match="equal groups"):
-        Sweep(heads=((32, 5),))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"heads": ((32, 5),)}, "equal groups"),
+        ({"heads": ((0, 8),)}, "q-heads is 0"),
+        ({"heads": ((32, 8), (32, 0))}, "kv-heads is 0"),
+        ({"head_dim": 0}, "head-dim is 0"),
+        ({"queries": (1, 0)}, "queries is 0"),
+        ({"contexts": (10,)}, "at least 1000"),
+    ],
+)
+def test_a_sweep_that_can_not_be_timed_is_refused(change: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        Sweep(**change)
 
 
 @pytest.mark.parametrize("preset", ["paper", "best"])

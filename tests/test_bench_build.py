@@ -48,7 +48,13 @@ def test_the_command_prints_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [({"kv_heads": 5}, "equal groups"), ({"context": 10}, "at least 1000"), ({"layers": 0}, "layers")],
+    [
+        ({"kv_heads": 5}, "equal groups"),
+        ({"q_heads": 0}, "q-heads is 0"),
+        ({"head_dim": 0}, "head-dim is 0"),
+        ({"context": 10}, "at least 1000"),
+        ({"layers": 0}, "layers"),
+    ],
 )
 def test_what_can_not_be_built_is_refused(change: dict[str, int], reason: str) -> None:
     with pytest.raises(InputError, match=reason):

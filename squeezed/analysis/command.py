@@ -75,7 +75,11 @@ def roofline(
         launch=launch,
     )
     compared = [] if run is None else compare(run, shape, chosen, study.precision, launch)
-    written = write(study, output, compared, "" if run is None else run.device, _command(model, study, measured))
+    measured_on = "" if run is None else run.device
+    try:
+        written = write(study, output, compared, measured_on, _command(model, study, measured))
+    except OSError as error:
+        raise InputError(f"{output}: can't be written ({error.strerror}); give another folder to -o") from error
     report(study, compared, written)
 
 

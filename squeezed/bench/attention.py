@@ -39,14 +39,6 @@ class AttentionCase:
     preset: str = "paper"
     repetitions: int = 15
 
-    def __post_init__(self) -> None:
-        if self.q_heads % self.kv_heads:
-            raise InputError(
-                f"q-heads is {self.q_heads} and kv-heads {self.kv_heads}: expected equal groups per KV head"
-            )
-        if self.context < 1000:
-            raise InputError(f"context is {self.context} tokens: expected at least 1000 for a meaningful time")
-
 
 @dataclass(frozen=True)
 class Sweep:
@@ -70,9 +62,11 @@ class Sweep:
     eight_bits: bool = False
 
     def __post_init__(self) -> None:
-        for q_heads, kv_heads in self.heads:
+        for heads in self.heads:
             for context in self.contexts:
-                AttentionCase(context, q_heads, kv_heads)
+                Planted(context, *heads, self.head_dim)  # refuses what can't be planted
+        if min(self.queries) < 1:
+            raise InputError(f"queries is {min(self.queries)}: expected at least 1")
         if not set(self.levels) <= {1, 2}:
             raise InputError(f"levels is {max(self.levels)}: expected 1 or 2 to be timed")
 

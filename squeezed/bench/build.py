@@ -41,12 +41,7 @@ class BuildCase:
     config: BuildConfig = PAPER_SHARE
 
     def __post_init__(self) -> None:
-        if self.kv_heads < 1 or self.q_heads % self.kv_heads:
-            raise InputError(
-                f"q-heads is {self.q_heads} and kv-heads {self.kv_heads}: expected equal groups per KV head"
-            )
-        if self.context < 1000:
-            raise InputError(f"context is {self.context} tokens: expected at least 1000 for a meaningful time")
+        Planted(self.context, self.q_heads, self.kv_heads, self.head_dim)  # refuses what can't be planted
         if self.layers < 1:
             raise InputError(f"layers is {self.layers}: expected at least 1")
 

@@ -31,6 +31,8 @@ class NeedleCase:
     levels: tuple[int, ...] = (1, 2)
 
     def __post_init__(self) -> None:
+        if self.context < 512:
+            raise InputError(f"context is {self.context}: expected at least 512 tokens")
         if not 2 <= self.depths <= len(_CITIES):
             raise InputError(f"depths is {self.depths}: expected 2 to {len(_CITIES)}")
 
@@ -77,7 +79,7 @@ def find_needles(
                     sparsity or 0.0,
                     dense=sparsity is None,
                     decoding=Decoding(max_new_tokens=32),
-                    adaptive=False,  # on a GPU a short context would be attended to densely
+                    adaptive=False,  # a short context would be attended to densely
                 )[0]
                 key = (0 if sparsity is None else levels, sparsity)
                 found.setdefault(key, []).append((number in answer.text, answer.kept_fraction, answer.kv_budget))

@@ -40,6 +40,15 @@ class Planted:
     dtype: torch.dtype = torch.bfloat16
 
     def __post_init__(self) -> None:
+        if self.tokens < 1000:
+            raise InputError(f"context is {self.tokens} tokens: expected at least 1000 for a meaningful time")
+        for name in ("q_heads", "kv_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name.replace('_', '-')} is {getattr(self, name)}: expected at least 1")
+        if self.q_heads % self.kv_heads:
+            raise InputError(
+                f"q-heads is {self.q_heads} and kv-heads {self.kv_heads}: expected equal groups per KV head"
+            )
         expected = self.cluster_share / COARSENING
         if self.coarse_share is not None and abs(self.coarse_share - expected) > 1e-9:
             raise InputError(f"coarse share is {self.coarse_share}: expected a fifth of the finer one, {expected:g}")

@@ -17,6 +17,8 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # The hub's client warns about every retry; what comes of them is told in one line.
 os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# transformers reads GGUF files behind a bar that none of its own switches reaches.
+os.environ.setdefault("TQDM_DISABLE", "1")
 
 import typer
 from rich.console import Console
@@ -54,13 +56,17 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         status = app(standalone_mode=False)
+        sys.stdout.flush()  # what can't be written should show here, not at the interpreter's end
     except InputError as error:
         _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; nothing half-written was left behind")
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _drop_output()
+            _fail(f"{error.filename or 'output'} can't be written: {error.strerror}; free some space")
         if error.errno != errno.ENAMETOOLONG:
             raise
         # A question where a file or folder belongs, as a rule.
@@ -71,7 +77,11 @@ def main() -> None:
             raise
         if type(error).__name__ == "NoArgsIsHelpError":
             sys.exit(2)  # the help is on the screen already
-        _fail(f"{error.format_message()} See squeeze --help.")
+        line = error.format_message().rstrip(".")
+        cause: Any = error.__cause__
+        if hasattr(cause, "errors"):  # pydantic's messages don't say what was found
+            line += f", found {cause.errors()[0]['input']!r}"
+        _fail(f"{line}. See squeeze --help.")
     else:
         if status == 130:  # how typer hands on an interrupt
             _fail("interrupted; nothing half-written was left behind")
@@ -81,6 +91,11 @@ def main() -> None:
 def _fail(line: str) -> None:
     messages.print(f"squeeze: {' '.join(line.split())}", style="red", markup=False, highlight=False, soft_wrap=True)
     sys.exit(2)
+
+
+def _drop_output() -> None:
+    """What is left to write would fail again when the interpreter ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _interrupt(number: int, frame: Any) -> None:

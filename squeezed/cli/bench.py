@@ -144,8 +144,11 @@ def generate(
 ) -> None:
     """Whole answers: time to first token and tokens per second, dense and squeezed."""
     from squeezed.config import check_sparsity, find_preset
+    from squeezed.context import check_questions
 
     check_sparsity(sparsity)
+    if question:
+        check_questions(question)
     if new_tokens < 2:
         raise InputError(f"new-tokens is {new_tokens}: expected at least 2, to time those after the first")
     preset = preset or ("paper" if shape else "best")

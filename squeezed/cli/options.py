@@ -43,12 +43,15 @@ def source_of(context: Path, manifest: Manifest, model: str | None) -> str:
 
 
 def load_built_with(source: str, manifest: Manifest, model: str | None, device: str, dtype: str) -> tuple[Any, Any]:
-    """`load` of what `source_of` found, in the dtype of the build unless told otherwise."""
+    """`load` of what `source_of` found, in the dtype of the build: it takes no other."""
     # Refused first: what is wrong with these is not where the model is.
     resolve_device(device)
     parse_dtype(dtype)
+    built = manifest.model["dtype"]
+    if dtype not in ("auto", built):
+        raise InputError(f"dtype is {dtype!r}: the context was built in {built}; leave --dtype out, or build it again")
     try:
-        return load(source, device, dtype if dtype != "auto" else manifest.model["dtype"])
+        return load(source, device, built)
     except InputError as error:
         raise InputError(f"{error}" if model else f"{error}; if the model has moved, pass --model") from error
 

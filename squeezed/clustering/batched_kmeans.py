@@ -94,7 +94,7 @@ def kmeans(
             if together == 1:
                 raise InputError(
                     f"the GPU's memory is too small to cluster {vectors.shape[1]:,} keys of one head; "
-                    "free some of it, or pass --device cpu"
+                    "free some of it (each of eval's --workers takes its own), or pass --device cpu"
                 ) from error
         together = (together + 1) // 2
         torch.cuda.empty_cache()

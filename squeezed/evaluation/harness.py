@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from squeezed.errors import InputError
 from squeezed.evaluation.answers import answer_questions
 from squeezed.evaluation.fidelity import measure_passage
@@ -155,6 +157,8 @@ def _work(config: RunConfig, done: set[tuple[str, str]], load: Load, number: int
             results.put(("finished", None))
     except InputError as error:
         results.put(("refused", str(error)))
+    except torch.OutOfMemoryError as error:
+        results.put(("refused", f"a worker ran out of GPU memory ({error}); try fewer --workers"))
     except Exception:
         results.put(("failed", traceback.format_exc()))
 

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from filelock import FileLock, Timeout
 
+from squeezed.artifact import check_place, naming
 from squeezed.errors import InputError
 from squeezed.evaluation.methods import find_method
 from squeezed.evaluation.rows import Row
@@ -20,6 +21,7 @@ DEFAULT_METHODS = ("full", "squeezed", "squeezed-paper", "quest", "streaming", "
 DEFAULT_BUDGETS = (0.1, 0.2)
 _PREDICTIONS, _CONFIG, _LOCK = "predictions.jsonl", "config.yaml", ".lock"
 _OURS = (_PREDICTIONS, _CONFIG, _LOCK, "metrics.json", "table.md")  # what a run without a record may hold
+_FIELDS = ("id", "row", "task", "length", "method", "budget")  # of every record, besides what it found
 Record = dict[str, Any]
 
 
@@ -115,11 +117,13 @@ class RunFolder:
         written before the first record; from then on, or from the start if there are some, nobody else may add any.
 
         Raises:
-            InputError: the folder holds another run, or another process adds to it.
+            InputError: the folder holds another run or can't be written, or another process adds to it.
         """
         self._merged(config)
+        check_place(self.path, self.path.absolute())
         lock, file = FileLock(self.path / _LOCK, timeout=0), None
 
+        @naming(self.path)
         def begin() -> TextIO:
             self.path.mkdir(parents=True, exist_ok=True)
             try:
@@ -134,6 +138,7 @@ class RunFolder:
                 self.predictions.write_bytes(whole)  # a last line that was cut off by an interrupt is asked again
             return self.predictions.open("a", encoding="utf-8")
 
+        @naming(self.path)
         def add(records: list[Record]) -> None:
             nonlocal file
             file = file or begin()
@@ -195,13 +200,17 @@ class RunFolder:
 
     def records(self) -> Iterator[dict[str, Any]]:
         """All answers so far, but for a last line that is not whole: just being written, or cut off by an interrupt."""
-        for number, line in enumerate(self._whole_lines().decode("utf-8").splitlines(), 1):
+        for number, line in enumerate(self._whole_lines().splitlines(), 1):
             try:
-                yield json.loads(line)
-            except ValueError as error:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if not isinstance(record, dict) or not all(name in record for name in _FIELDS):
                 raise InputError(
-                    f"{self.predictions}:{number} is not JSON; the run is damaged, start another"
-                ) from error
+                    f"{self.predictions}:{number} is damaged: expected JSON with {', '.join(_FIELDS)}; take the line "
+                    "out, and squeeze eval asks that again"
+                )
+            yield record
 
     def _whole_lines(self) -> bytes:
         text = self.predictions.read_bytes() if self.predictions.exists() else b""

@@ -110,9 +110,11 @@ def test_bad_options_are_refused_before_anything_is_written(inputs, tmp_path, op
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_in_the_place_of_the_folder_is_refused(inputs):
-    result = invoke(inputs, inputs / "my run.json")
+@pytest.mark.parametrize("place", ["my run.json", "my run.json/report", "my run.json/deep/report"])
+def test_a_file_in_the_place_of_a_folder_is_refused(inputs, place):
+    result = invoke(inputs, inputs / place)
     assert isinstance(result.exception, InputError)
+    assert str(result.exception).startswith(f"{inputs / place}: ")
 
 
 @pytest.mark.parametrize(

@@ -157,8 +157,9 @@ def test_a_model_that_is_not_there(name: str, squeeze: Command, text: Path) -> N
     assert "does not exist" in squeeze.refuses("build", name, text, "-o", "out")
 
 
-def test_a_gguf_file_that_is_none(squeeze: Command, text: Path) -> None:
-    Path("model.gguf").write_bytes(b"no such thing" * 100)
+@pytest.mark.parametrize("content", [b"no such thing" * 100, b"GGUF\x03\x00\x00\x00"], ids=["another", "cut short"])
+def test_a_gguf_file_that_is_none(content: bytes, squeeze: Command, text: Path) -> None:
+    Path("model.gguf").write_bytes(content)
     assert "can't be loaded" in squeeze.refuses("build", "model.gguf", text, "-o", "out")
 
 
@@ -173,6 +174,8 @@ def test_timings_that_cannot_be_taken(squeeze: Command) -> None:
     assert "Not a directory" in squeeze.refuses(*bench, "-o", "file/out")
     assert "timed on a GPU only" in squeeze.refuses(*bench, "--preset", "compact")
     assert "keeps no 16-bit keys" in squeeze.refuses("bench", "generate", "--preset", "compact")
+    assert "a question is empty" in squeeze.refuses("bench", "generate", "--question", "")
+    assert "context is 100: expected at least 512" in squeeze.refuses("bench", "needle", "--context", 100)
 
 
 def test_a_configuration_that_is_no_json(squeeze: Command, text: Path) -> None:
@@ -205,8 +208,9 @@ SETTINGS = {
     "chunk": (["--chunk", "0"], "chunk is 0"),
     "preset": (["--preset", "worst"], "preset is 'worst'"),
     "device": (["--device", "abacus"], "device is 'abacus'"),
+    "another device of torch's": (["--device", "meta"], "device is 'meta'"),
     "dtype": (["--dtype", "int4"], "dtype is 'int4'"),
-    "not a number": (["--clusters", "many"], "--clusters"),
+    "not a number": (["--clusters", "many"], "'many'"),
     "unknown option": (["--quickly"], "--quickly"),
 }
 
@@ -217,9 +221,13 @@ def test_settings_that_make_no_sense(case: str, squeeze: Command, model_folder: 
     assert reason in squeeze.refuses("build", model_folder, text, "-o", "out", *options)
 
 
-@pytest.mark.parametrize("arguments", [["build"], ["ask"], ["inspect"], ["paint"], ["build", "demo"]])
+@pytest.mark.parametrize(
+    "arguments", [["build"], ["ask"], ["inspect"], ["paint"], ["build", "demo"], ["inspect", "--quickly"]]
+)
 def test_commands_that_lack_something(arguments: list[str], squeeze: Command) -> None:
-    squeeze.refuses(*arguments)
+    complaint = squeeze.refuses(*arguments)
+    assert ".." not in complaint
+    assert complaint.endswith(". See squeeze --help.")
 
 
 @pytest.mark.parametrize("sparsity", ["-0.1", "1.1", "nan", "inf", "most"])
@@ -354,8 +362,10 @@ def test_an_artefact_whose_model_has_moved(
     assert squeeze.run("ask", "manual", "Who?", "--model", model_folder, "--max-new-tokens", 1)[0] == 0
 
 
-def test_an_artefact_asked_in_another_dtype(squeeze: Command, built: Path) -> None:
-    assert "dtype" in squeeze.refuses("ask", built, "Who?", "--dtype", "bfloat16")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_artefact_asked_in_another_dtype(dtype: str, squeeze: Command, built: Path) -> None:
+    complaint = squeeze.refuses("ask", built, "Who?", "--dtype", dtype)
+    assert f"dtype is '{dtype}': the context was built in float32; leave --dtype out" in complaint
 
 
 def test_an_existing_folder_is_refused_before_any_work(squeeze: Command, built: Path, text: Path) -> None:
@@ -459,6 +469,17 @@ def test_the_installed_command_behaves_likewise(tmp_path: Path) -> None:
     assert done.stdout == ""
     assert done.stderr == "squeeze: missing.txt does not exist; name an existing text file\n"
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("arguments", [["--help"], ["inspect", "BUILT", "--json"]])
+def test_an_output_that_is_full(arguments: list[str], built: Path) -> None:
+    command = [sys.executable, "-c", "from squeezed.cli import main; main()"]
+    command += [part.replace("BUILT", str(built)) for part in arguments]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "squeeze: output can't be written: No space left on device; free some space\n"
 
 
 @pytest.mark.parametrize("place", [0, 1, 2, 3])

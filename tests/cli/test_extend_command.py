@@ -63,7 +63,7 @@ def test_it_is_said_when_building_again_would_pay(squeeze: tiny.Run, monkeypatch
         (("book", "empty.txt"), "empty.txt is empty"),
         (("book", "long.txt"), "more than fit"),
         (("book", "b.txt", "--model", "other"), "another model"),
-        (("book", "b.txt", "--dtype", "bfloat16"), "another dtype"),
+        (("book", "b.txt", "--dtype", "bfloat16"), "built in float32"),
     ],
 )
 def test_what_can_not_be_done_is_said_in_one_line(

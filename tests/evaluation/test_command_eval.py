@@ -43,6 +43,7 @@ def model_folder(
         (["fidelity", "--model", "demo", "-o", "x", "--length", "64"], "length is 64"),
         (["fidelity", "--model", "demo", "-o", "x", "--workers", "0"], "workers is 0"),
         (["fidelity", "--model", "./absent", "-o", "x"], "does not exist"),
+        (["fidelity", "--model", "demo", "-o", "MODEL/config.json/x"], "config.json is a file; choose another"),
         (["ruler", "--model", "MODEL", "-o", "x", "--tasks", "juggling"], "no task juggling"),
         (["ruler", "--model", "MODEL", "-o", "x", "--tasks", "qa_1", "--data", "absent"], "absent"),
         (["fidelity", "--model", "MODEL", "-o", "x", "--data", "absent"], "absent does not exist"),
@@ -51,7 +52,7 @@ def model_folder(
 def test_bad_input_is_refused_in_one_line(
     arguments: list[str], complaint: str, squeeze: tiny.Run, model_folder: Path
 ) -> None:
-    status, _, err = squeeze("eval", *(str(model_folder) if part == "MODEL" else part for part in arguments))
+    status, _, err = squeeze("eval", *(part.replace("MODEL", str(model_folder)) for part in arguments))
     assert status == 2
     complaints = [line for line in err.splitlines() if line.startswith("squeeze: ")]
     assert len(complaints) == 1

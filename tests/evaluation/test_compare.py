@@ -147,6 +147,14 @@ def test_runs_of_other_samples_are_refused(tmp_path: Path) -> None:
         compare_runs(first, made(tmp_path / "4", {"quest": hard}, tasks=("c",)))
 
 
+@pytest.mark.parametrize("line", [b'{"a": 1}', b"[1]", b"{", b'{"id": "\xff"}'])
+def test_a_damaged_record_is_refused_naming_its_line(line: bytes, tmp_path: Path) -> None:
+    with (made(tmp_path, {"full": hard}, samples=1) / "predictions.jsonl").open("ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(InputError, match=r"predictions\.jsonl:3 is damaged: expected JSON with id, row, task"):
+        compare_runs(tmp_path, tmp_path)
+
+
 def test_a_run_without_answers_is_refused_as_that(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no answers yet"):
         compare_runs(made(tmp_path, {}), tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import queue
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import tiny
+import torch
 
 from squeezed.errors import InputError
 from squeezed.evaluation import harness, suites
@@ -104,6 +106,11 @@ def test_a_run_can_be_continued_with_more(tmp_path: Path) -> None:
     assert (merged.tasks, merged.samples) == (("first", "second"), 2)
 
 
+def test_a_folder_that_can_not_be_made_is_refused_in_one_line() -> None:
+    with pytest.raises(InputError, match=r"/proc/run can't be written: .+; choose another folder"):
+        run(replace(CONFIG, methods=("full",), samples=1), Path("/proc/run"), load)
+
+
 @pytest.mark.parametrize("change", [{"seed": 1}, {"model": "other"}, {"dtype": "bfloat16"}, {"data": "elsewhere"}])
 def test_another_run_in_the_folder_is_refused_in_one_line(tmp_path: Path, change: dict) -> None:
     run(replace(CONFIG, methods=("full",), samples=1), tmp_path, load)
@@ -125,7 +132,7 @@ def test_a_run_that_fails_before_its_first_answer_leaves_nothing_behind(tmp_path
 def test_only_one_process_adds_to_a_run_and_readers_leave_it_as_it_is(tmp_path: Path) -> None:
     run(replace(CONFIG, samples=1), tmp_path, load)
     with RunFolder(tmp_path).open(CONFIG) as (done, add):
-        add([{"id": "x", "row": "full"}])
+        add([{**records(tmp_path)[0], "id": "x"}])
         half = '{"id": "half'
         with (tmp_path / "predictions.jsonl").open("a") as file:
             file.write(half)
@@ -232,6 +239,17 @@ if __name__ == "__main__":
     worker.start()
     worker.join()
 """
+
+
+def test_a_worker_without_memory_says_so_in_one_line() -> None:
+    def load_too_much(worker: int) -> Subject:
+        raise torch.OutOfMemoryError("Tried to allocate 2 GiB")
+
+    results: queue.SimpleQueue = queue.SimpleQueue()
+    harness._work(CONFIG, set(), load_too_much, 0, queue.SimpleQueue(), results)
+    kind, line = results.get_nowait()
+    assert kind == "refused"
+    assert line == "a worker ran out of GPU memory (Tried to allocate 2 GiB); try fewer --workers"
 
 
 def test_workers_end_with_a_run_that_is_killed(tmp_path: Path) -> None:

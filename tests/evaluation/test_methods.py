@@ -299,7 +299,13 @@ def test_keep_top_and_keep_groups_keep_what_fits() -> None:
 
 @pytest.mark.parametrize(
     ("spec", "complaint"),
-    [("nonsense", "no method"), ("quest:size=3", "no option 'size'"), ("quest:page=x", "expected an int")],
+    [
+        ("nonsense", "no method"),
+        ("quest:size=3", "no option 'size'"),
+        ("quest:page=x", "expected an int"),
+        ("quest:page=-4", "page is -4: expected 0 or more"),
+        ("multipole:keys_per_cluster=nan", "keys_per_cluster is nan: expected 0 or more"),
+    ],
 )
 def test_a_method_that_does_not_exist_is_refused_in_one_line(spec: str, complaint: str) -> None:
     with pytest.raises(InputError, match=complaint) as caught:

@@ -68,10 +68,13 @@ def _parse(what: str, value: str, default: Any) -> Any:
         return value.lower() == "true"
     kind = float if default is None else type(default)
     try:
-        return kind(value)
+        parsed = kind(value)
     except ValueError as error:
         expected = "an int" if kind is int else f"a {kind.__name__}"
         raise InputError(f"option {what} is {value!r}: expected {expected}") from error
+    if kind is not str and not parsed >= 0:  # not below 0, which nan isn't
+        raise InputError(f"option {what} is {value}: expected 0 or more")
+    return parsed
 
 
 def title(spec: str) -> str:
