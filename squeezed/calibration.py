@@ -104,12 +104,19 @@ class ThresholdCurves:
         """The largest sparsity whose measured error is at most `error`.
 
         Raises:
-            InputError: not a positive number, or nothing was measured.
+            InputError: not a positive number, less than the context's 8-bit keys err with nothing left out, or nothing
+                was measured.
         """
         if self.errors is None:
             raise InputError("the context has no measured errors; build it again, or ask for a sparsity")
         if not error > 0:
             raise InputError(f"error is {error}: expected a positive relative error, for example 0.05")
+        least = float(self.errors[0])
+        if error < least:
+            raise InputError(
+                f"error is {error}: keys in 8 bits put {least:.2g} on the output by themselves; ask for more, or build "
+                "the context with 16-bit keys (preset best)"
+            )
         if float(self.errors[-1]) <= error:
             return 1.0
         right = int(torch.searchsorted(self.errors, error, right=True))

@@ -2,7 +2,7 @@
 
 The measure is the relative error of one query's attention output to the fixed context, |squeezed - dense| / |dense|,
 as a mean over queries, heads and layers. All layers see the queries of a dense run, so that errors do not add up.
-Dense is attention to all keys as they are kept: what keeping them in 8 bits costs is not in it.
+What keeping keys and values in 8 bits puts on it counts too, so that with them even sparsity 0 has an error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from squeezed import ops
 from squeezed.calibration import ThresholdCurves
-from squeezed.ops.layout import ClusteredKeys
+from squeezed.ops.layout import ClusteredKeys, from_eight_bits
 
 MEASURED = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
 _QUERIES = 16
@@ -34,22 +34,62 @@ def measure_errors(
         scales: per layer, the attention module's scaling.
         curves: the thresholds to judge.
     """
-    sums = torch.zeros(len(MEASURED), dtype=torch.float64)
+    sums = torch.zeros(1 + len(MEASURED), dtype=torch.float64)
     count = 0
     for layer, segments, scale in zip(layers, queries, scales, strict=True):
         every = torch.cat(list(segments), dim=1)
         pick = torch.linspace(0, every.shape[1] - 1, min(_QUERIES, every.shape[1]), device=every.device).long()
         query = every[:, pick].transpose(0, 1).unsqueeze(2).contiguous()  # each query is a question of its own
-        dense = ops.attend_fixed(query, layer, None, layer.tokens, scale)[0]
+        dense, lse, _ = ops.attend_fixed(query, layer, None, layer.tokens, scale)
         norms = dense.norm(dim=-1).clamp(min=1e-30)
-        for i, sparsity in enumerate(MEASURED):
+        rounded = rounding_error(query[:, :, 0], layer, dense[:, :, 0], lse[:, :, 0], scale).unsqueeze(-1) / norms
+        sums[0] += float(rounded.mean())
+        for i, sparsity in enumerate(MEASURED, 1):
             at = curves.at(sparsity, 1)
             thresholds = torch.tensor(at, device=query.device) if query.is_cuda else at
             found = ops.attend_fixed(query, layer, thresholds, layer.tokens, scale)[0]
-            sums[i] += float(((found - dense).norm(dim=-1) / norms).mean())
+            sums[i] += float(torch.hypot((found - dense).norm(dim=-1) / norms, rounded).mean())
         count += 1
-    measured = torch.cat([torch.zeros(1, dtype=torch.float64), (sums / count).cummax(0).values])
+    measured = (sums / count).cummax(0).values
     return _interpolated(torch.tensor((0.0, *MEASURED), dtype=torch.float64), measured, curves.sparsities)
+
+
+def rounding_error(query: Tensor, layer: ClusteredKeys, dense: Tensor, lse: Tensor, scale: float) -> Tensor:
+    """What 8 bits put on the output of dense attention, to be expected: root mean square of the difference's norm.
+
+    A rounded number is off by up to half a step of its channel, anything as likely as anything else and each number for
+    itself. To first order a key of weight p_i then moves the output by p_i ((v_i - output) dlogit_i + dv_i), and the
+    squares add up. (On SmolLM2 at 2,800 tokens 0.0074 of the output; measured against the unrounded keys, 0.0072.)
+
+    Args:
+        query: [n, q_heads, head_dim].
+        dense: [n, q_heads, head_dim] float32, the output for all keys as they are kept.
+        lse: [n, q_heads] float32.
+        scale: the attention module's scaling.
+
+    Returns:
+        [n, q_heads] float32; 0 if keys are not in 8 bits.
+    """
+    if layer.scales is None or layer.keys.dtype != torch.int8:
+        return torch.zeros_like(lse)
+    group, found = query.shape[1] // layer.keys.shape[0], []
+    for head, steps in enumerate(zip(*layer.scales, strict=True)):
+        own = slice(head * group, (head + 1) * group)
+        asked, output = query[:, own].float(), dense[:, own]
+        keys, values = (
+            from_eight_bits(torch.cat([rows[:, : layer.clustered], rows[:, layer.window_start :]], dim=1), *of)[0]
+            for rows, of in (
+                (layer.keys[head : head + 1], (steps[0][None], steps[1][None])),
+                (layer.values[head : head + 1], (steps[2][None], steps[3][None])),
+            )
+        )
+        squares = (2 * (asked @ keys.T * scale - lse[:, own].unsqueeze(-1))).exp()
+        total = squares.sum(-1)
+        apart = squares @ values.square().sum(-1) - 2 * (squares @ values * output).sum(-1)
+        apart += total * output.square().sum(-1)
+        logit = scale**2 * (asked.square() @ steps[0].square()) / 12
+        found.append((logit * apart + total * steps[2].square().sum() / 12).clamp(min=0).sqrt())
+    return torch.cat(found, dim=1)
 
 
 def _interpolated(xs: Tensor, ys: Tensor, at: Tensor) -> Tensor:
