@@ -13,7 +13,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from squeezed import ops
-from squeezed.cache import FixedLayer, FixedSlidingLayer, PrefillLayer, Read
+from squeezed.cache import FixedLayer, FixedSlidingLayer, PrefillLayer, Read, SqueezedCache
 from squeezed.decode import own
 from squeezed.masks import NAME
 from squeezed.models import attention_modules, plan_layers
@@ -316,6 +316,16 @@ def _hand_over_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     return args, kwargs
 
 
+def _follow(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    cache, tokens = kwargs.get("past_key_values"), kwargs.get("input_ids", args[0] if args else None)
+    if not isinstance(cache, SqueezedCache) or tokens is None:
+        return
+    mask = kwargs.get("attention_mask")
+    if mask is not None and mask.dim() == 2:
+        tokens = tokens.masked_fill(mask[:, -tokens.shape[1] :] == 0, -1)  # padding agrees with nothing
+    cache.follow(tokens)
+
+
 @contextmanager
 def attached(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """Let `model` understand squeezed caches for the length of a with block; nested use is fine.
@@ -331,6 +341,7 @@ def attached(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         return
     plan_layers(model)
     hooks = [m.register_forward_pre_hook(_hand_over_layer, with_kwargs=True) for m in attention_modules(model)]
+    hooks.append(model.get_decoder().register_forward_pre_hook(_follow, with_kwargs=True))
     model.set_attn_implementation(NAME)
     try:
         yield model

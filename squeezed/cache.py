@@ -290,6 +290,16 @@ class SqueezedCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, FixedLayer)]
 
     @property
+    def recall(self) -> Recall | None:
+        """What answers have in view besides what they select; the layers share it."""
+        return next((layer.recall for layer in self.fixed_layers), None)
+
+    def follow(self, tokens: Tensor) -> None:
+        """Take note of tokens [B, M] that the model is about to read."""
+        if self.recall is not None:
+            self.recall.follow(tokens)
+
+    @property
     def fixed_tokens(self) -> int:
         """Tokens of the fixed context in use."""
         return self.fixed_layers[0].window_end

@@ -38,7 +38,9 @@ class BuildConfig:
         voters: most queries of a long question's block by which clusters are scored, see `squeezed.ops.voting`; None:
             all of them (paper).
         recall: tokens of the fixed context that all tokens of an answer attend to because its question has read them
-            closely, see `squeezed.recall`; at most an eighth of what is kept; 0 for none (paper).
+            closely, see `squeezed.recall`; at most an eighth of what is kept; 0 for none (paper), nor any copied ones.
+        copying: passages that an answer is copying are attended to as well, see `squeezed.copying`; off until its time
+            on a GPU is known. Not in the paper.
         calibration: whose queries set the thresholds: `questions` asked of the context, or the `window` (paper).
         chunk: tokens per prefill chunk; bounds memory, changes nothing else.
         iterations: most Lloyd iterations of k-means.
@@ -55,6 +57,7 @@ class BuildConfig:
     key_bits: int = 16
     voters: int | None = 64
     recall: int = 256
+    copying: bool = False
     calibration: str = "questions"
     chunk: int = 512
     iterations: int = 20

@@ -336,7 +336,8 @@ class FixedContext:
         most = (
             tokens_to_recall(config.recall, self.squeezed_layers[0].clustered, sparsity) if self.squeezed_layers else 0
         )
-        shared = Recall(most, self.squeezed_layers) if most and not selection.is_dense else None
+        text = self.ids.to(self.squeezed_layers[0].keys.device) if most and config.copying else None
+        shared = Recall(most, self.squeezed_layers, text) if most and not selection.is_dense else None
         squeezed = [i for i, layer in enumerate(self.layers) if isinstance(layer, ClusteredKeys)]
         observing = {i for number, i in enumerate(squeezed) if observes(number, len(squeezed))}
         layers = [

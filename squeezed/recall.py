@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from squeezed import ops
+from squeezed import copying, ops
 from squeezed.ops.layout import ChannelScales, ClusteredKeys, Recalled, recalled_at
 
 QUERIES = 64  # last tokens of a question that count
@@ -32,11 +32,19 @@ class Recall:
     Args:
         most: tokens to recall, no more than are clustered.
         layers: those that will ask where these lie in their clusters; one that is not among them may ask as well.
+        text: [tokens] int64, the fixed text: what an answer copies from it is in view too, see `squeezed.copying`.
+
+    Attributes:
+        recent: [B, copying.LONGEST] int64, the last tokens that came by; None before any did.
     """
 
-    def __init__(self, most: int, layers: Sequence[ClusteredKeys] = ()) -> None:
-        self.most, self._layers = most, layers
+    def __init__(self, most: int, layers: Sequence[ClusteredKeys] = (), text: Tensor | None = None) -> None:
+        self.most, self._layers, self._text = most, layers, text
+        self.recent: Tensor | None = None
         self._within: dict[int, Recalled] = {}  # by the layer's id
+        self._groups: list[_Group] = []  # kept where what is in view changes from token to token
+        self._view: Tensor | None = None
+        self._stands = False
         self._observed: set[int] = set()  # layers that have spoken of the latest question, by id
         self._weights: Tensor | None = None  # [B, tokens], by place in the text
         self._places: Tensor | None = None
@@ -55,8 +63,8 @@ class Recall:
     def forget(self) -> None:
         """The latest question recalls nothing (more)."""
         self._weights = self._places = None
-        self._within.clear()
         self._observed.clear()
+        self._changed()
 
     @property
     def places(self) -> Tensor | None:
@@ -64,48 +72,127 @@ class Recall:
 
         -1 where there is nothing to recall.
         """
-        if self._weights is None:
-            return None
-        if self._places is None:
+        if self._places is None and self._weights is not None:
             clustered = self._weights >= 0
             nearby = passages(self._weights.clamp(min=0)).where(clustered, float("-inf"))
             strongest, places = nearby.sort(dim=-1, descending=True, stable=True)
             self._places = places.where(strongest > float("-inf"), -1)[:, : self.most]
         return self._places
 
+    @property
+    def copies(self) -> bool:
+        """Whether what is in view changes from token to token."""
+        return self._text is not None
+
+    def follow(self, tokens: Tensor) -> None:
+        """Take note of tokens [B, M] that are being read: what the last of them copies is in view while it is."""
+        if self._text is None:
+            return
+        recent = self.recent
+        if recent is None or recent.shape[0] != tokens.shape[0]:
+            recent = tokens.new_full((tokens.shape[0], copying.LONGEST), -1)
+        self.look_up(copying.followed(recent, tokens))
+
+    def look_up(self, recent: Tensor) -> None:
+        """Have in view what these last tokens [B, copying.LONGEST] copy."""
+        if self._stands:
+            assert self.recent is not None
+            self.recent.copy_(recent)
+        else:
+            self.recent = recent
+        self._changed()
+
+    def standing(self, batch: int) -> Recall:
+        """One for a batch of questions whose tensors stay where they are, to be given to one batch after another.
+
+        What is in view of a token is then found on the device, by operations of fixed shapes.
+        """
+        assert self._text is not None
+        found = Recall(self.most, self._layers, self._text)
+        found._places = self._text.new_full((batch, self.most), -1)
+        found.recent = self._text.new_full((batch, copying.LONGEST), -1)
+        found._stands = True
+        return found
+
+    def take(self, other: Recall) -> None:
+        """Have in view what `other` has."""
+        for mine, theirs in ((self._places, other.places), (self.recent, other.recent)):
+            assert mine is not None
+            mine.fill_(-1)
+            if theirs is not None:
+                mine[:, mine.shape[1] - theirs.shape[1] :] = theirs.repeat_interleave(len(mine) // len(theirs), dim=0)
+        self._changed()
+
+    def _changed(self) -> None:
+        self._view = None
+        self._within.clear()
+
+    def in_view(self) -> Tensor | None:
+        """Places in the text that are recalled and copied, [B, R] int64, each once; -1 for none."""
+        places = self.places
+        if self._text is None or self.recent is None:
+            return places
+        if self._view is not None:
+            return self._view
+        copied = copying.copied(self._text, self.recent)
+        if places is not None:
+            repeats = len(copied) // len(places)  # questions are answered several times each
+            copied = torch.cat([places.repeat_interleave(repeats, dim=0), copied], dim=1)
+        copied = copied.sort(dim=1).values
+        again = torch.nn.functional.pad(copied[:, 1:] == copied[:, :-1], (1, 0))
+        self._view = copied.masked_fill(again, -1)
+        return self._view
+
     def within(self, index: ClusteredKeys) -> Recalled | None:
         """The same as places in a layer's clusters.
 
         Found for many layers at a time: for a model of 32 layers that is 30 operations instead of 900, each of which
-        the first token would wait for.
+        the token would wait for.
         """
-        if self.places is None:
-            return None
         if id(index) not in self._within:
-            assert self._weights is not None
-            waiting = [layer for layer in self._layers if layer is not index and id(layer) not in self._within]
-            alike = [layer for layer in waiting if _shapes(layer) == _shapes(index)]
-            group = [index, *alike][: max(1, _KEYS_AT_ONCE // index.positions.numel())]
-            found = _found(self.places, self._weights.shape[1], group)
-            self._within.update(zip(map(id, group), found, strict=True))
+            places = self.in_view()
+            if places is None:
+                return None
+            group = self._group(index)
+            self._within.update(zip(map(id, group.layers), group.find(places), strict=True))
         return self._within[id(index)]
+
+    def _group(self, index: ClusteredKeys) -> _Group:
+        """The layers that are looked up together with this one."""
+        for group in self._groups:
+            if any(layer is index for layer in group.layers):
+                return group
+        known = {id(layer) for group in self._groups for layer in group.layers} | self._within.keys()
+        alike = [x for x in self._layers if x is not index and id(x) not in known and _shapes(x) == _shapes(index)]
+        group = _Group([index, *alike][: max(1, _KEYS_AT_ONCE // index.positions.numel())])
+        if self.copies:
+            self._groups.append(group)
+        return group
+
+
+class _Group:
+    """Layers of the same shapes, which are looked up together."""
+
+    def __init__(self, layers: list[ClusteredKeys]) -> None:
+        self.layers = layers
+        positions = torch.cat([index.positions for index in layers])
+        heads, count = positions.shape
+        # Where each place in the text lies among a head's clustered keys.
+        self._slots = positions.new_full((heads, layers[0].tokens), -1)
+        slots = torch.arange(count, dtype=positions.dtype, device=positions.device)
+        self._slots.scatter_(1, positions.long(), slots.expand(heads, -1))
+
+    def find(self, places: Tensor) -> list[Recalled]:
+        """Places [B, R] in the text as those in the clusters of each layer."""
+        known = places.where(places < self._slots.shape[1], -1)
+        wanted = known.unsqueeze(1).expand(-1, len(self._slots), -1)
+        slots = self._slots.unsqueeze(0).expand(len(places), -1, -1)
+        found = slots.gather(2, wanted.clamp(min=0)).long()
+        return recalled_at(found.where(wanted >= 0, -1), *(index.levels for index in self.layers))
 
 
 def _shapes(index: ClusteredKeys) -> tuple[object, ...]:
     return index.positions.device, index.positions.shape, *(level.shape for level in index.levels)
-
-
-def _found(places: Tensor, tokens: int, group: list[ClusteredKeys]) -> list[Recalled]:
-    """Places [B, R] in a text of `tokens` tokens as those in the clusters of each of some layers."""
-    positions = torch.cat([index.positions for index in group])
-    heads, count = positions.shape
-    # Where each place in the text lies among a head's clustered keys.
-    inverse = positions.new_full((heads, tokens), -1)
-    slots = torch.arange(count, dtype=positions.dtype, device=positions.device)
-    inverse.scatter_(1, positions.long(), slots.expand(heads, -1))
-    wanted = places.unsqueeze(1).expand(-1, heads, -1)
-    found = inverse.unsqueeze(0).expand(len(places), -1, -1).gather(2, wanted.clamp(min=0)).long()
-    return recalled_at(found.where(wanted >= 0, -1), *(index.levels for index in group))
 
 
 def tokens_to_recall(most: int, clustered: int, sparsity: float) -> int:

@@ -174,7 +174,7 @@ def test_layers_of_one_shape_are_looked_up_together(monkeypatch: pytest.MonkeyPa
     weights = torch.rand(2, layers[0].tokens, generator=torch.Generator().manual_seed(2))
     together, alone = Recall(11, [*layers, other]), Recall(11)
     calls = []
-    monkeypatch.setattr(module, "_found", lambda *given, found=module._found: calls.append(given) or found(*given))
+    monkeypatch.setattr(module, "recalled_at", lambda *given: calls.append(given[1:]) or recalled_at(*given))
     for question in (weights, weights.flip(1)):
         for recall in (together, alone):
             recall.observe(question, 0)
@@ -183,14 +183,14 @@ def test_layers_of_one_shape_are_looked_up_together(monkeypatch: pytest.MonkeyPa
             for part, expected in zip(together.within(index).tensors, alone.within(index).tensors, strict=True):
                 assert part.is_contiguous()
                 assert torch.equal(part, expected)
-        assert [len(given[2]) for given in calls] == [3, 1, 1, 1, 1, 1]
+        assert list(map(len, calls)) == [3, 1, 1, 1, 1, 1]
         calls.clear()
     monkeypatch.setattr(module, "_KEYS_AT_ONCE", 2 * layers[0].positions.numel())
+    together = Recall(11, layers)
     together.observe(weights, 0)
-    assert together.places is not None
     for index in layers:
         together.within(index)
-    assert [len(given[2]) for given in calls] == [2, 1]
+    assert list(map(len, calls)) == [2, 1]
 
 
 def test_padding_is_attended_by_nobody() -> None:

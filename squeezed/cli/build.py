@@ -26,6 +26,9 @@ def build(
     recall: Annotated[
         int | None, typer.Option(help="Most tokens that an answer attends to because its question read them closely.")
     ] = None,
+    copying: Annotated[
+        bool | None, typer.Option(help="Let an answer also attend to the passages that it is copying.")
+    ] = None,
     chunk: Annotated[int | None, typer.Option(help="Tokens per prefill chunk; less needs less memory.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the plain text instead of chatting about it.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing context.")] = False,
@@ -40,7 +43,8 @@ def build(
     from squeezed.streaming import build_into, unfinished_layers
     from squeezed.text import read_files
 
-    given: dict[str, Any] = {"clusters": clusters, "levels": levels, "window": window, "recall": recall, "chunk": chunk}
+    given: dict[str, Any] = {"clusters": clusters, "levels": levels, "window": window, "chunk": chunk}
+    given |= {"recall": recall, "copying": copying}
     config = replace(find_preset(preset), **{name: value for name, value in given.items() if value is not None})
     text, parts = read_files(files)
     artifact.check_target(output.absolute(), force)

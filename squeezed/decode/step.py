@@ -47,6 +47,8 @@ class DecodeStep:
         ]
         self.sampler = Sampler(sampling, batch, model.config.get_text_config().vocab_size, device)
         # Own masks are in the attention itself; a mask of four dimensions keeps transformers from making any.
+        recall = cache.recall
+        self._recall = recall.standing(batch) if recall is not None and recall.copies else None
         self._mask = torch.ones(batch, 1, 1, 1, dtype=torch.bool, device=device)
         self.logits = torch.empty(0)
         self.path = "eager"
@@ -70,7 +72,9 @@ class DecodeStep:
             return own
         kept = torch.zeros(len(layer.index.levels), self.batch, dtype=torch.int64, device=keys.device)
         own = replace(own, kept=kept, running=self.state.running)
-        return own if layer.recall is None else replace(own, recalled=self._nothing_recalled(layer))
+        if layer.recall is None or layer.recall.copies:
+            return own
+        return replace(own, recalled=self._nothing_recalled(layer))
 
     def _nothing_recalled(self, layer: FixedLayer) -> Recalled:
         assert layer.recall is not None
@@ -108,6 +112,11 @@ class DecodeStep:
                 for buffer, part in zip(own.recalled.tensors, found.tensors, strict=True):
                     buffer.copy_(part)
             layer.own = own
+        if self._recall is not None and cache.recall is not None:
+            self._recall.take(cache.recall)
+            self._given = cache.recall
+            for fixed in cache.fixed_layers:
+                fixed.recall = self._recall
         self.state.begin(counters)
         self.sampler.begin(ids, padding)
         self._padding, self._length = padding, earlier + length
@@ -152,6 +161,7 @@ class DecodeStep:
         expected = self._forward()
         self._restore(state)
         found = fused.FusedModel(self.model, self.cache.fixed_tokens, self.capacity)
+        self.cache.follow(self.state.token)
         logits = found(self.state.token, self.cache.layers)
         self._restore(state)
         return found if fused.close(logits, expected) else None
@@ -166,7 +176,8 @@ class DecodeStep:
 
     def _changing(self) -> list[Tensor]:
         kept = [own.kept for own in self._own if own.kept is not None]
-        return [*self.state.changing(), *kept, *self.sampler.changing()]
+        recent = [] if self._recall is None or self._recall.recent is None else [self._recall.recent]
+        return [*self.state.changing(), *kept, *recent, *self.sampler.changing()]
 
     def run(self) -> None:
         """Feed the token, and leave the next one in its place."""
@@ -181,6 +192,7 @@ class DecodeStep:
 
     def _forward(self) -> Tensor:
         if self._fused is not None:
+            self.cache.follow(self.state.token)
             return self._fused(self.state.token, self.cache.layers)
         with attached(self.model):
             output = self.model(
@@ -197,6 +209,10 @@ class DecodeStep:
 
         A sliding-window layer gets nothing back: caches with such layers are not continued.
         """
+        if self._recall is not None and self._recall.recent is not None:
+            self._given.look_up(self._recall.recent.clone())
+            for fixed in cache.fixed_layers:
+                fixed.recall = self._given
         for layer, own in zip(cache.layers, self._own, strict=True):
             layer.own = None
             if isinstance(layer, FixedLayer):
@@ -222,7 +238,8 @@ def _alike(ours: FixedLayer | FixedSlidingLayer, theirs: FixedLayer | FixedSlidi
             ours.index is theirs.index
             and ours.window_end == theirs.window_end
             and a.curves is b.curves
-            and (ours.recall and ours.recall.most) == (theirs.recall and theirs.recall.most)
+            and (ours.recall and (ours.recall.most, ours.recall.copies))
+            == (theirs.recall and (theirs.recall.most, theirs.recall.copies))
             and (a.sparsity, a.adaptive) == (b.sparsity, b.adaptive)
         )
     return type(ours) is type(theirs) and ours.sliding_window == theirs.sliding_window

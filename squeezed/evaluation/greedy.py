@@ -145,7 +145,7 @@ class _Batch:
         place.whole = False
         for layer in self.cache.layers:
             layer.share_first_row(count)
-        place.accept(dict.fromkeys(range(len(self.answers)), count))
+        place.accept(dict.fromkeys(range(len(self.answers)), count), self._texts())
         first = int(said[0, -1])
         for row, answer in enumerate(self.answers):
             answer.append(first)
@@ -225,7 +225,10 @@ class _Batch:
             self.read[row].append(self.cache.place.bytes[at, : taken[row]].clone())
             if self.done[row]:
                 self.guesses.add([*self.ids[-_NGRAM:], *self.answers[row]])
-        self.cache.place.accept(taken)
+        self.cache.place.accept(taken, self._texts())
+
+    def _texts(self) -> list[list[int]]:
+        return [[*self.ids, *answer] for answer in self.answers]
 
     def _take(self, row: int, guess: list[int], said: list[int]) -> int:
         """Extend the answer by what was confirmed and the token after it; the number of guessed tokens confirmed."""
@@ -241,6 +244,8 @@ class _Batch:
     def step(self, fed: Tensor, keep: int) -> Tensor:
         """The highest token behind each of the last `keep` fed ones, [A, keep]."""
         place, model = self.cache.place, self.subject.model
+        if not place.whole:
+            self.cache.follow(fed)
         output = model.get_decoder()(
             input_ids=fed,
             position_ids=place.places + self.cache.fixed_tokens,

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from squeezed import template
+from squeezed import copying, template
 from squeezed.answer import _stop_tokens
 from squeezed.cache import FixedLayer
 from squeezed.config import BuildConfig
@@ -19,7 +20,7 @@ from squeezed.errors import InputError
 from squeezed.evaluation.methods.base import LayerContext, Method
 from squeezed.evaluation.methods.squeezed import Squeezed, sparsity_for
 from squeezed.evaluation.place import Place
-from squeezed.evaluation.rows import Group, Row, RowsLayer, ScoredLayer, SlidingRowsLayer
+from squeezed.evaluation.rows import Group, Row, RowsLayer, ScoredLayer, SlidingRowsLayer, padded
 from squeezed.models import attention_modules, model_identity, tokenizer_identity
 from squeezed.prefill import PrefilledLayer, prefill
 from squeezed.preparation import scale_of
@@ -105,8 +106,10 @@ class Prepared:
         if config.window != WINDOW:
             raise InputError(f"window is {config.window}: methods are compared with a window of {WINDOW} tokens")
         if config not in self._contexts:
-            # What is recalled does not change what is built.
-            alike = next((c for c in self._contexts if replace(c, recall=config.recall) == config), None)
+            # What is recalled or copied does not change what is built.
+            alike = next(
+                (c for c in self._contexts if replace(c, recall=config.recall, copying=config.copying) == config), None
+            )
             if alike is not None:
                 self._contexts[config] = replace(self._contexts[alike], config=config)
                 return self._contexts[config]
@@ -213,6 +216,15 @@ class RowsCache(Cache):
     @property
     def scored_layers(self) -> list[ScoredLayer]:
         return [layer for layer in self.layers if isinstance(layer, ScoredLayer)]
+
+    def follow(self, fed: Tensor) -> None:
+        """Take note of tokens [A, width] that the model is about to read: each looks up for itself what it copies."""
+        place, ours = self.place, self.scored_layers[0].ours
+        read = torch.cat([place.recent[place.active], fed.to(place.device)], dim=1)
+        for at, row in enumerate(place.rows):
+            recall = ours[row].recall if row in ours else None
+            if recall is not None and recall.copies:
+                recall.look_up(padded(read[at].unfold(0, copying.LONGEST, 1)[1:]))
 
     @property
     def full_bytes(self) -> int:

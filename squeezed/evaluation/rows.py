@@ -49,6 +49,15 @@ class Group:
     states: Sequence[Any]
 
 
+def padded(tokens: Tensor) -> Tensor:
+    """[n, ...] as the GPU kernels get it: they are compiled anew for new sizes of a batch; few sizes are enough."""
+    count = tokens.shape[0]
+    if not tokens.is_cuda:
+        return tokens
+    size = next((size for size in _BATCHES if size >= count), -(-count // _BATCHES[-1]) * _BATCHES[-1])
+    return torch.cat([tokens, tokens[-1:].expand(size - count, *tokens.shape[1:])]) if size > count else tokens
+
+
 class RowsLayer(DynamicLayer):
     """Own tokens of all rows in one layer: keys, values and queries [R, capacity, heads, head_dim]."""
 
@@ -202,12 +211,8 @@ class ScoredLayer(RowsLayer):
 
     def _ours(self, query: Tensor, layer: FixedLayer, scale: float) -> tuple[Tensor, Tensor]:
         """[Hq, M, D] by the product, as a batch of questions of one token each: every token selects for itself."""
-        alone = query.transpose(0, 1).unsqueeze(2)
-        count = alone.shape[0]
-        if alone.is_cuda:
-            # Kernels are compiled anew for new sizes of a batch; few sizes are enough.
-            size = next((size for size in _BATCHES if size >= count), -(-count // _BATCHES[-1]) * _BATCHES[-1])
-            alone = torch.cat([alone, alone[-1:].expand(size - count, -1, -1, -1)]) if size > count else alone
+        count = query.shape[1]
+        alone = padded(query.transpose(0, 1).unsqueeze(2))
         found, lse = attend_fixed(alone, layer, None, scale)
         read = layer.reads[-1]
         layer.reads[-1] = read._replace(kept=None if read.kept is None else read.kept[:, :count], batch=count)

@@ -64,7 +64,7 @@ def attend(
         outputs.append(output[0])
         lses.append(lse[0])
         read.append(place.bytes[0] / context.full_bytes)
-        place.accept({0: part.shape[2]})
+        place.accept({0: part.shape[2]}, [[]])
     return torch.cat(outputs, 1), torch.cat(lses, 1), torch.cat(read)
 
 
