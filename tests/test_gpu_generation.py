@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -36,6 +37,15 @@ FAMILIES = {
 @pytest.fixture(scope="module")
 def on_gpu(llama: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(llama).to("cuda")
+
+
+def copies(context: FixedContext) -> FixedContext:
+    return replace(context, config=replace(context.config, copying=True))
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["", "copying"])
+def fixed(request: pytest.FixtureRequest, context: FixedContext) -> FixedContext:
+    return copies(context) if request.param else context
 
 
 def by_transformers(
@@ -80,12 +90,12 @@ def test_gpu_tokens_equal_the_cpu_path(
     sparsity: float,
     llama: PreTrainedModel,
     on_gpu: PreTrainedModel,
-    context: FixedContext,
+    fixed: FixedContext,
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    expected = by_transformers(llama, context, tokenizer, sparsity)
-    assert by_transformers(on_gpu, context.to("cuda"), tokenizer, sparsity) == expected
-    assert by_steps(on_gpu, context.to("cuda"), tokenizer, sparsity) == expected
+    expected = by_transformers(llama, fixed, tokenizer, sparsity)
+    assert by_transformers(on_gpu, fixed.to("cuda"), tokenizer, sparsity) == expected
+    assert by_steps(on_gpu, fixed.to("cuda"), tokenizer, sparsity) == expected
 
 
 def test_sparsity_zero_equals_the_models_own_generation(
@@ -125,14 +135,15 @@ def test_smollm2_on_a_gpu_writes_what_it_writes_on_a_cpu() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("questions", [tiny.QUESTIONS[1:2], tiny.QUESTIONS], ids=["one", "batch"])
-@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize(("adaptive", "copying"), [(False, False), (False, True), (True, False), (True, True)])
 def test_every_family_writes_on_a_gpu_what_it_writes_on_a_cpu(
-    family: str, questions: tuple[str, ...], adaptive: bool, monkeypatch: pytest.MonkeyPatch
+    family: str, questions: tuple[str, ...], adaptive: bool, copying: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`adaptive` reads questions whole; the cost model would have generated tokens do so too in contexts so short."""
     monkeypatch.setattr("squeezed.ops.triton.cost.dense_microseconds", lambda shape: float("inf"))
     tokenizer, model = tiny.tokenizer(), tiny.model(family)
     context = FixedContext.from_text(model, tokenizer, tiny.text(), tiny.BUILD)
+    context = copies(context) if copying else context
     expected = ask(model, tokenizer, context, questions, 0.7, decoding=Decoding(16), adaptive=adaptive)
     model, context = model.to("cuda"), context.to("cuda")
     found = ask(model, tokenizer, context, questions, 0.7, decoding=Decoding(16), adaptive=adaptive)
@@ -150,7 +161,7 @@ def test_every_family_writes_on_a_gpu_what_it_writes_on_a_cpu(
 def test_a_context_built_on_the_gpu_answers_batches_and_follow_ups(
     on_gpu: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    built = FixedContext.from_text(on_gpu, tokenizer, tiny.text(), tiny.BUILD)
+    built = copies(FixedContext.from_text(on_gpu, tokenizer, tiny.text(), tiny.BUILD))
     steps, short = loop.Steps(), Decoding(16)
     together = ask(on_gpu, tokenizer, built, tiny.QUESTIONS, 0.7, decoding=short, adaptive=False)
     for question, answer in zip(tiny.QUESTIONS, together, strict=True):
@@ -178,9 +189,9 @@ def test_samples_depend_on_the_seed_alone(
 
 
 def test_a_step_says_nothing_to_the_host(
-    on_gpu: PreTrainedModel, context: FixedContext, tokenizer: PreTrainedTokenizerFast
+    on_gpu: PreTrainedModel, fixed: FixedContext, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    inputs = context.to("cuda").inputs(tokenizer, [tiny.QUESTIONS[1]], 0.7, device="cuda")
+    inputs = fixed.to("cuda").inputs(tokenizer, [tiny.QUESTIONS[1]], 0.7, device="cuda")
     cache, ids = inputs["past_key_values"], inputs["input_ids"]
     sampling = Sampling(0.7, 0.9, 1.1, (2,))
     with torch.inference_mode():
