@@ -318,12 +318,12 @@ def _hand_over_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _follow(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     cache, tokens = kwargs.get("past_key_values"), kwargs.get("input_ids", args[0] if args else None)
-    if not isinstance(cache, SqueezedCache) or tokens is None:
+    if not isinstance(cache, SqueezedCache) or cache.recall is None or not cache.recall.copies or tokens is None:
         return
     mask = kwargs.get("attention_mask")
     if mask is not None and mask.dim() == 2:
         tokens = tokens.masked_fill(mask[:, -tokens.shape[1] :] == 0, -1)  # padding agrees with nothing
-    cache.follow(tokens)
+    cache.recall.follow(tokens)
 
 
 @contextmanager

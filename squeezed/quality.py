@@ -14,7 +14,7 @@ from torch import Tensor
 
 from squeezed import ops
 from squeezed.calibration import ThresholdCurves
-from squeezed.ops.layout import ClusteredKeys, from_eight_bits
+from squeezed.ops.layout import ChannelScales, ClusteredKeys, from_eight_bits
 
 MEASURED = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
 _QUERIES = 16
@@ -72,23 +72,21 @@ def rounding_error(query: Tensor, layer: ClusteredKeys, dense: Tensor, lse: Tens
     """
     if layer.scales is None or layer.keys.dtype != torch.int8:
         return torch.zeros_like(lse)
-    group, found = query.shape[1] // layer.keys.shape[0], []
-    for head, steps in enumerate(zip(*layer.scales, strict=True)):
-        own = slice(head * group, (head + 1) * group)
+    kv_heads = layer.keys.shape[0]
+    group, found = query.shape[1] // kv_heads, []
+    for head in range(kv_heads):  # one at a time: in float32 all keys may be more than there is room for
+        own, one = slice(head * group, (head + 1) * group), slice(head, head + 1)
+        scales = ChannelScales(*(part[one] for part in layer.scales))
         asked, output = query[:, own].float(), dense[:, own]
-        keys, values = (
-            from_eight_bits(torch.cat([rows[:, : layer.clustered], rows[:, layer.window_start :]], dim=1), *of)[0]
-            for rows, of in (
-                (layer.keys[head : head + 1], (steps[0][None], steps[1][None])),
-                (layer.values[head : head + 1], (steps[2][None], steps[3][None])),
-            )
-        )
+        keys = from_eight_bits(layer.keys[one], *scales[:2])[0]
+        values = from_eight_bits(layer.values[one], *scales[2:])[0]
         squares = (2 * (asked @ keys.T * scale - lse[:, own].unsqueeze(-1))).exp()
+        squares[..., layer.clustered : layer.window_start] = 0  # sinks are not rounded
         total = squares.sum(-1)
         apart = squares @ values.square().sum(-1) - 2 * (squares @ values * output).sum(-1)
         apart += total * output.square().sum(-1)
-        logit = scale**2 * (asked.square() @ steps[0].square()) / 12
-        found.append((logit * apart + total * steps[2].square().sum() / 12).clamp(min=0).sqrt())
+        logit = scale**2 * (asked.square() @ scales.key_scale[0].square()) / 12
+        found.append((logit * apart + total * scales.value_scale.square().sum() / 12).clamp(min=0).sqrt())
     return torch.cat(found, dim=1)
 
 

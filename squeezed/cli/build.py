@@ -43,8 +43,14 @@ def build(
     from squeezed.streaming import build_into, unfinished_layers
     from squeezed.text import read_files
 
-    given: dict[str, Any] = {"clusters": clusters, "levels": levels, "window": window, "chunk": chunk}
-    given |= {"recall": recall, "copying": copying}
+    given: dict[str, Any] = {
+        "clusters": clusters,
+        "levels": levels,
+        "window": window,
+        "recall": recall,
+        "copying": copying,
+        "chunk": chunk,
+    }
     config = replace(find_preset(preset), **{name: value for name, value in given.items() if value is not None})
     text, parts = read_files(files)
     artifact.check_target(output.absolute(), force)

@@ -46,9 +46,9 @@ class DecodeStep:
             self._buffer(layer, sliding.index(i) + 1 if i in sliding else 0) for i, layer in enumerate(cache.layers)
         ]
         self.sampler = Sampler(sampling, batch, model.config.get_text_config().vocab_size, device)
-        # Own masks are in the attention itself; a mask of four dimensions keeps transformers from making any.
         recall = cache.recall
         self._recall = recall.standing(batch) if recall is not None and recall.copies else None
+        # Own masks are in the attention itself; a mask of four dimensions keeps transformers from making any.
         self._mask = torch.ones(batch, 1, 1, 1, dtype=torch.bool, device=device)
         self.logits = torch.empty(0)
         self.path = "eager"
@@ -161,8 +161,7 @@ class DecodeStep:
         expected = self._forward()
         self._restore(state)
         found = fused.FusedModel(self.model, self.cache.fixed_tokens, self.capacity)
-        self.cache.follow(self.state.token)
-        logits = found(self.state.token, self.cache.layers)
+        logits = self._by(found)
         self._restore(state)
         return found if fused.close(logits, expected) else None
 
@@ -192,8 +191,7 @@ class DecodeStep:
 
     def _forward(self) -> Tensor:
         if self._fused is not None:
-            self.cache.follow(self.state.token)
-            return self._fused(self.state.token, self.cache.layers)
+            return self._by(self._fused)
         with attached(self.model):
             output = self.model(
                 input_ids=self.state.token,
@@ -203,6 +201,10 @@ class DecodeStep:
                 use_cache=True,
             )
         return output.logits[:, -1]
+
+    def _by(self, model: fused.FusedModel) -> Tensor:
+        self.cache.follow(self.state.token)
+        return model(self.state.token, self.cache.layers)
 
     def end(self, cache: SqueezedCache, steps: int) -> None:
         """Give the cache back as it is after `steps` steps, and write down what they read.

@@ -220,11 +220,11 @@ class RowsCache(Cache):
     def follow(self, fed: Tensor) -> None:
         """Take note of tokens [A, width] that the model is about to read: each looks up for itself what it copies."""
         place, ours = self.place, self.scored_layers[0].ours
-        read = torch.cat([place.recent[place.active], fed.to(place.device)], dim=1)
         for at, row in enumerate(place.rows):
             recall = ours[row].recall if row in ours else None
             if recall is not None and recall.copies:
-                recall.look_up(padded(read[at].unfold(0, copying.LONGEST, 1)[1:]))
+                read = torch.cat([place.recent[row], fed[at].to(place.device)])
+                recall.look_up(padded(read.unfold(0, copying.LONGEST, 1)[1:]))
 
     @property
     def full_bytes(self) -> int:
