@@ -23,7 +23,7 @@ from squeezed.ops.layout import ClusteredKeys
 from squeezed.prefill import PrefilledLayer, prefill
 from squeezed.preparation import PROBES, Probes, SlidingTail, prepare_layer, question_layer, scale_of
 from squeezed.quality import measure_errors
-from squeezed.recall import Recall, observes, tokens_to_recall
+from squeezed.recall import Recall, observes
 from squeezed.text import Part, locate_parts, read_files
 from squeezed.warm_up import warm_up
 
@@ -333,11 +333,7 @@ class FixedContext:
         curves = None if dense else self.curves
         longest = None if whole else 0
         selection = Selection(curves, check_sparsity(sparsity), voters=config.voters, adaptive=adaptive, whole=longest)
-        most = (
-            tokens_to_recall(config.recall, self.squeezed_layers[0].clustered, sparsity) if self.squeezed_layers else 0
-        )
-        text = self.ids.to(self.squeezed_layers[0].keys.device) if most and config.copying else None
-        shared = Recall(most, self.squeezed_layers, text) if most and not selection.is_dense else None
+        shared = None if selection.is_dense else Recall.at(sparsity, config, self.squeezed_layers, self.ids)
         squeezed = [i for i, layer in enumerate(self.layers) if isinstance(layer, ClusteredKeys)]
         observing = {i for number, i in enumerate(squeezed) if observes(number, len(squeezed))}
         layers = [

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from squeezed import copying, ops
+from squeezed.config import BuildConfig
 from squeezed.ops.layout import ChannelScales, ClusteredKeys, Recalled, recalled_at
 
 QUERIES = 64  # last tokens of a question that count
@@ -48,6 +49,18 @@ class Recall:
         self._observed: set[int] = set()  # layers that have spoken of the latest question, by id
         self._weights: Tensor | None = None  # [B, tokens], by place in the text
         self._places: Tensor | None = None
+
+    @classmethod
+    def at(cls, sparsity: float, config: BuildConfig, layers: Sequence[ClusteredKeys], text: Tensor) -> Recall | None:
+        """What a cache over these squeezed layers recalls at a sparsity; None where that is nothing.
+
+        Args:
+            text: [tokens] int64, the fixed text on any device.
+        """
+        most = tokens_to_recall(config.recall, layers[0].clustered, sparsity) if layers else 0
+        if not most:
+            return None
+        return cls(most, layers, text.to(layers[0].keys.device) if config.copying else None)
 
     def observe(self, weights: Tensor, layer: object) -> None:
         """Add a layer's weights [B, tokens] float32, by place in the text; -inf for keys not to be recalled.

@@ -21,6 +21,7 @@ from squeezed.config import PRESETS, BuildConfig
 from squeezed.decode.loop import prefill
 from squeezed.errors import InputError
 from squeezed.models import attention_modules
+from squeezed.recall import Recall, observes
 from squeezed.storage import store
 
 _DISTINCT = 2  # layers that are planted and clustered; the others are copies in memory of their own
@@ -76,7 +77,9 @@ class PlantedContext:
 
     Attributes:
         tokens: number of fixed tokens.
-        config: levels, how the layers are kept and who votes; planted clusters have no spread, and nothing is recalled.
+        config: levels, how the layers are kept, who votes, and what is recalled and copied; planted clusters have no
+            spread.
+        text: [tokens] int64, random tokens.
         layers: one per decoder layer.
         curves: thresholds for every sparsity.
     """
@@ -98,6 +101,7 @@ class PlantedContext:
             coarse_share=0.01 if config.levels > 1 else None,
             dtype=model.dtype,
         )
+        self.text = torch.randint(shape.vocab_size, (tokens,), generator=torch.Generator().manual_seed(4))
         on_stage(f"planting {tokens} tokens")
         count, kinds = shape.num_hidden_layers, min(_DISTINCT, shape.num_hidden_layers)
         shares = [count // kinds + (kind < count % kinds) for kind in range(kinds)]
@@ -115,7 +119,13 @@ class PlantedContext:
         """A fresh cache for one question."""
         voters = self.config.voters
         selection = Selection(None if dense else self.curves, sparsity, voters=voters, adaptive=adaptive, whole=None)
-        return SqueezedCache([FixedLayer(layer, selection, layer.tokens) for layer in self.layers])
+        recall = None if dense else Recall.at(sparsity, self.config, self.layers, self.text)
+        return SqueezedCache(
+            [
+                FixedLayer(layer, selection, layer.tokens, recall=recall, observes=observes(number, len(self.layers)))
+                for number, layer in enumerate(self.layers)
+            ]
+        )
 
     def inputs(self, ids: list[int], device: torch.device) -> dict[str, Tensor]:
         """input_ids and attention_mask of a question."""

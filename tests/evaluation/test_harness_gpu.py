@@ -8,7 +8,7 @@ import torch
 
 from squeezed.evaluation import greedy
 from squeezed.evaluation.greedy import answer_rows
-from squeezed.evaluation.methods import METHODS
+from squeezed.evaluation.methods import METHODS, find_method
 from squeezed.evaluation.prepared import Prepared, Subject
 from squeezed.evaluation.rows import Row
 
@@ -20,12 +20,12 @@ def prepared() -> Prepared:
     return Prepared(Subject.of(tiny.model("llama").to("cuda"), tiny.tokenizer()), tiny.text(1500))
 
 
-@pytest.mark.parametrize("spec", METHODS)
+@pytest.mark.parametrize("spec", [*METHODS, "squeezed:copying=true", "squeezed-compact:copying=true:levels=2"])
 def test_a_replayed_pass_answers_like_a_launched_one(
     spec: str, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     question = prepared.encode("what is the second word?")
-    rows = [Row(spec, METHODS[spec], budget) for budget in ((None,) if spec == "full" else (0.2, 0.4))]
+    rows = [Row(spec, find_method(spec), budget) for budget in ((None,) if spec == "full" else (0.2, 0.4))]
     found = answer_rows(prepared, rows, question, 16)
     monkeypatch.setattr(greedy, "_Recorded", greedy._Launched)
     for answer, expected in zip(found, answer_rows(prepared, rows, question, 16), strict=True):
