@@ -169,8 +169,6 @@ class FixedLayer(DynamicLayer):
 
     def recalled(self, batch: int) -> Recalled | None:
         """What each question's generated tokens attend to besides what they select; None if that is nothing."""
-        if self.own is not None and self.own.recalled is not None:
-            return self.own.recalled
         found = None if self.recall is None else self.recall.within(self.index)
         if found is None or found.slots.shape[0] in (1, batch):
             return found

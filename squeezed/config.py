@@ -39,8 +39,7 @@ class BuildConfig:
             all of them (paper).
         recall: tokens of the fixed context that all tokens of an answer attend to because its question has read them
             closely, see `squeezed.recall`; at most an eighth of what is kept; 0 for none (paper), nor any copied ones.
-        copying: passages that an answer is copying are attended to as well, see `squeezed.copying`; off until its time
-            on a GPU is known. Not in the paper.
+        copying: passages that an answer is copying are attended to as well, see `squeezed.copying`. Not in the paper.
         calibration: whose queries set the thresholds: `questions` asked of the context, or the `window` (paper).
         chunk: tokens per prefill chunk; bounds memory, changes nothing else.
         iterations: most Lloyd iterations of k-means.
@@ -57,7 +56,7 @@ class BuildConfig:
     key_bits: int = 16
     voters: int | None = 64
     recall: int = 256
-    copying: bool = False
+    copying: bool = True
     calibration: str = "questions"
     chunk: int = 512
     iterations: int = 20
@@ -117,6 +116,7 @@ PRESETS: dict[str, BuildConfig] = {
         centroid_bits=16,
         voters=None,
         recall=0,
+        copying=False,
         calibration="window",
     ),
 }

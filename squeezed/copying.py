@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 LONGEST = 6  # last tokens that are compared with the text
-_LEAST = 2  # of them in a row have to stand there
-_MANY = 8  # places that agree equally well, above which they tell nothing
-_PASSAGES = 4  # most places that are taken, the last ones
-_BEFORE, _BEHIND = 8, 8  # tokens of a passage up to the latest one that agrees, and behind it
-WIDTH = _PASSAGES * (_BEFORE + _BEHIND)
+LEAST = 2  # of them in a row have to stand there
+MANY = 8  # places that agree equally well, above which they tell nothing
+PASSAGES = 4  # most places that are taken, the last ones
+BEFORE, BEHIND = 8, 8  # tokens of a passage up to the latest one that agrees, and behind it
+WIDTH = PASSAGES * (BEFORE + BEHIND)
 
 
 def copied(text: Tensor, recent: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def copied(text: Tensor, recent: Tensor) -> Tensor:
         recent: [B, LONGEST] int64, tokens so far, the latest last; negative ones agree with nothing.
 
     Returns:
-        [B, WIDTH] int64, less for a text of fewer tokens than `_PASSAGES`: places in the text, some perhaps more than
+        [B, WIDTH] int64, less for a text of fewer tokens than PASSAGES: places in the text, some perhaps more than
         once; -1 for none. On a GPU nothing is read back.
     """
     run = torch.ones(recent.shape[0], len(text), dtype=torch.bool, device=text.device)
@@ -38,14 +38,21 @@ def copied(text: Tensor, recent: Tensor) -> Tensor:
         run[:, back:] &= text[: len(text) - back] == recent[:, -1 - back, None]
         length += run
     longest = length.amax(1, keepdim=True)
-    agrees = (length == longest) & (longest >= _LEAST)
-    agrees &= agrees.sum(1, keepdim=True) <= _MANY
+    agrees = (length == longest) & (longest >= LEAST)
+    agrees &= agrees.sum(1, keepdim=True) <= MANY
     place = torch.arange(len(text), device=text.device)
-    latest = place.where(agrees, -1).topk(min(_PASSAGES, len(text)), dim=1).values
-    around = torch.arange(1 - _BEFORE, 1 + _BEHIND, device=text.device)
+    latest = place.where(agrees, -1).topk(min(PASSAGES, len(text)), dim=1).values
+    around = torch.arange(1 - BEFORE, 1 + BEHIND, device=text.device)
     found = latest.unsqueeze(-1) + around
     inside = (latest >= 0).unsqueeze(-1) & (found >= 0) & (found < len(text))
     return found.where(inside, -1).flatten(1)
+
+
+def once(found: Tensor, known: Tensor) -> Tensor:
+    """Places [B, W] without those that come again, and without those [B, R] that are known; -1 in their stead."""
+    again = (found.unsqueeze(2) == found.unsqueeze(1)).tril(-1).any(2)
+    again |= (found.unsqueeze(2) == known.unsqueeze(1)).any(2)
+    return found.masked_fill(again, -1)
 
 
 def followed(recent: Tensor, tokens: Tensor) -> Tensor:

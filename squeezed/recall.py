@@ -40,12 +40,11 @@ class Recall:
     """
 
     def __init__(self, most: int, layers: Sequence[ClusteredKeys] = (), text: Tensor | None = None) -> None:
-        self.most, self._layers, self._text = most, layers, text
+        self.most, self._layers, self.text = most, layers, text
         self.recent: Tensor | None = None
         self._within: dict[int, Recalled] = {}  # by the layer's id
-        self._groups: list[_Group] = []  # kept where what is in view changes from token to token
+        self._groups: list[LayerGroup] = []  # kept where what is in view changes from token to token
         self._view: Tensor | None = None
-        self._stands = False
         self._observed: set[int] = set()  # layers that have spoken of the latest question, by id
         self._weights: Tensor | None = None  # [B, tokens], by place in the text
         self._places: Tensor | None = None
@@ -95,11 +94,11 @@ class Recall:
     @property
     def copies(self) -> bool:
         """Whether what is in view changes from token to token."""
-        return self._text is not None
+        return self.text is not None
 
     def follow(self, tokens: Tensor) -> None:
         """Take note of tokens [B, M] that are being read: what the last of them copies is in view while it is."""
-        if self._text is None:
+        if self.text is None:
             return
         recent = self.recent
         if recent is None or recent.shape[0] != tokens.shape[0]:
@@ -108,32 +107,7 @@ class Recall:
 
     def look_up(self, recent: Tensor) -> None:
         """Have in view what these last tokens [B, copying.LONGEST] copy."""
-        if self._stands:
-            assert self.recent is not None
-            self.recent.copy_(recent)
-        else:
-            self.recent = recent
-        self._changed()
-
-    def standing(self, batch: int) -> Recall:
-        """One for a batch of questions whose tensors stay where they are, to be given to one batch after another.
-
-        What is in view of a token is then found on the device, by operations of fixed shapes.
-        """
-        assert self._text is not None
-        found = Recall(self.most, self._layers, self._text)
-        found._places = self._text.new_full((batch, self.most), -1)
-        found.recent = self._text.new_full((batch, copying.LONGEST), -1)
-        found._stands = True
-        return found
-
-    def take(self, other: Recall) -> None:
-        """Have in view what `other` has."""
-        for mine, theirs in ((self._places, other.places), (self.recent, other.recent)):
-            assert mine is not None
-            mine.fill_(-1)
-            if theirs is not None:
-                mine[:, mine.shape[1] - theirs.shape[1] :] = theirs.repeat_interleave(len(mine) // len(theirs), dim=0)
+        self.recent = recent
         self._changed()
 
     def _changed(self) -> None:
@@ -143,17 +117,15 @@ class Recall:
     def in_view(self) -> Tensor | None:
         """Places in the text that are recalled and copied, [B, R] int64, each once; -1 for none."""
         places = self.places
-        if self._text is None or self.recent is None:
+        if self.text is None or self.recent is None:
             return places
         if self._view is not None:
             return self._view
-        copied = copying.copied(self._text, self.recent)
-        if places is not None:
-            repeats = len(copied) // len(places)  # questions are answered several times each
-            copied = torch.cat([places.repeat_interleave(repeats, dim=0), copied], dim=1)
-        copied = copied.sort(dim=1).values
-        again = torch.nn.functional.pad(copied[:, 1:] == copied[:, :-1], (1, 0))
-        self._view = copied.masked_fill(again, -1)
+        copied = copying.copied(self.text, self.recent)
+        if places is None:
+            places = copied.new_empty(len(copied), 0)
+        places = places.repeat_interleave(len(copied) // len(places), dim=0)  # questions are answered several times
+        self._view = torch.cat([places, copying.once(copied, places)], dim=1)
         return self._view
 
     def within(self, index: ClusteredKeys) -> Recalled | None:
@@ -170,38 +142,53 @@ class Recall:
             self._within.update(zip(map(id, group.layers), group.find(places), strict=True))
         return self._within[id(index)]
 
-    def _group(self, index: ClusteredKeys) -> _Group:
+    def _group(self, index: ClusteredKeys) -> LayerGroup:
         """The layers that are looked up together with this one."""
         for group in self._groups:
             if any(layer is index for layer in group.layers):
                 return group
         known = {id(layer) for group in self._groups for layer in group.layers} | self._within.keys()
-        alike = [x for x in self._layers if x is not index and id(x) not in known and _shapes(x) == _shapes(index)]
-        group = _Group([index, *alike][: max(1, _KEYS_AT_ONCE // index.positions.numel())])
+        group = LayerGroup(alike([index, *(x for x in self._layers if x is not index and id(x) not in known)])[0])
         if self.copies:
             self._groups.append(group)
         return group
 
 
-class _Group:
-    """Layers of the same shapes, which are looked up together."""
+class LayerGroup:
+    """Layers of the same shapes, which are looked up together.
+
+    Attributes:
+        slots: [layers * kv_heads, tokens] int32, where each place in the text lies among a head's clustered keys; -1
+            where it is not clustered.
+    """
 
     def __init__(self, layers: list[ClusteredKeys]) -> None:
         self.layers = layers
         positions = torch.cat([index.positions for index in layers])
         heads, count = positions.shape
-        # Where each place in the text lies among a head's clustered keys.
-        self._slots = positions.new_full((heads, layers[0].tokens), -1)
+        self.slots = positions.new_full((heads, layers[0].tokens), -1)
         slots = torch.arange(count, dtype=positions.dtype, device=positions.device)
-        self._slots.scatter_(1, positions.long(), slots.expand(heads, -1))
+        self.slots.scatter_(1, positions.long(), slots.expand(heads, -1))
 
     def find(self, places: Tensor) -> list[Recalled]:
         """Places [B, R] in the text as those in the clusters of each layer."""
-        known = places.where(places < self._slots.shape[1], -1)
-        wanted = known.unsqueeze(1).expand(-1, len(self._slots), -1)
-        slots = self._slots.unsqueeze(0).expand(len(places), -1, -1)
+        known = places.where(places < self.slots.shape[1], -1)
+        wanted = known.unsqueeze(1).expand(-1, len(self.slots), -1)
+        slots = self.slots.unsqueeze(0).expand(len(places), -1, -1)
         found = slots.gather(2, wanted.clamp(min=0)).long()
         return recalled_at(found.where(wanted >= 0, -1), *(index.levels for index in self.layers))
+
+
+def alike(layers: Sequence[ClusteredKeys]) -> list[list[ClusteredKeys]]:
+    """Layers of the same shapes together, few enough to be looked up at once; the first layer is in the first part."""
+    found: dict[tuple[object, ...], list[ClusteredKeys]] = {}
+    for index in layers:
+        found.setdefault(_shapes(index), []).append(index)
+    parts = []
+    for some in found.values():
+        most = max(1, _KEYS_AT_ONCE // some[0].positions.numel())
+        parts += [some[first : first + most] for first in range(0, len(some), most)]
+    return parts
 
 
 def _shapes(index: ClusteredKeys) -> tuple[object, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import tiny
@@ -14,15 +14,20 @@ from torch.nn.functional import silu
 
 pytest.importorskip("triton")
 
+from squeezed import copying
 from squeezed.answer import Decoding, ask
 from squeezed.context import FixedContext
 from squeezed.decode import fused, loop, own, own_triton
 from squeezed.decode.choose_triton import choose_largest
+from squeezed.decode.copy_triton import Finder
 from squeezed.decode.linear_triton import Norm, Tiling, gated, project
 from squeezed.decode.qkv_triton import project_rotated
 from squeezed.decode.sampler import Sampler, Sampling, StepState, count_step
+from squeezed.decode.standing import StandingRecall
 from squeezed.decode.step import DecodeStep
+from squeezed.ops.layout import ClusteredKeys
 from squeezed.ops.triton import OwnKeys, Tally, attend_fixed, attend_with_own
+from squeezed.recall import Recall
 from tests.ops import cases as layers
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -280,6 +285,85 @@ def test_logits_that_are_no_numbers_give_a_token_of_the_vocabulary() -> None:
         choose_largest(logits, sampler, state)
         assert 0 <= state.token[0].item() < vocabulary
         assert state.token[1].item() == 2
+
+
+def text_and_tokens(tokens: int, batch: int, words: int) -> tuple[Tensor, Tensor]:
+    """A text, and what is written about it, [B, 12]: quotes of it and words of their own."""
+    generator = torch.Generator().manual_seed(tokens + words)
+    text = torch.randint(words, (tokens,), generator=generator)
+    written = torch.randint(words, (batch, 12), generator=generator)
+    for row in range(batch):
+        start = int(torch.randint(max(1, tokens - 7), (1,), generator=generator))
+        quoted = text[start : start + 7]
+        written[row, 3 : 3 + len(quoted)] = quoted
+    return text.to(DEVICE), written.to(DEVICE)
+
+
+@on_device
+@pytest.mark.parametrize(
+    ("tokens", "batch", "words"),
+    [(1, 1, 2), (5, 3, 3), (300, 2, 4), (300, 1, 40), (5000, 2, 300), *([] if INTERPRETED else [(300_000, 2, 9000)])],
+)
+def test_what_the_last_tokens_copy_is_found_in_one_launch(tokens: int, batch: int, words: int) -> None:
+    text, written = text_and_tokens(tokens, batch, words)
+    finder, recent = Finder(text, batch), torch.full((batch, copying.LONGEST), -1, device=DEVICE)
+    expected_recent = recent.clone()
+    known = torch.randint(-1, tokens, (batch, 70), device=DEVICE, dtype=torch.int32)
+    found = torch.empty(batch, copying.WIDTH, dtype=torch.int32, device=DEVICE)
+    some = 0
+    for token in written.T:
+        finder.follow(token[:, None], recent, known, found)
+        expected_recent = copying.followed(expected_recent, token[:, None])
+        expected = copying.once(copying.copied(text, expected_recent), known)
+        assert torch.equal(recent, expected_recent)
+        for ours, theirs in zip(found.tolist(), expected.tolist(), strict=True):
+            ours, theirs = ([place for place in row if place != -1] for row in (ours, theirs))
+            assert sorted(ours) == sorted(theirs)
+            some += len(ours)
+    assert tokens < 100 or some > 0
+
+
+def in_view(recall: StandingRecall, index: ClusteredKeys) -> list[Tensor]:
+    """Slots and their clusters in ascending order, and the sizes that are left."""
+    held = recall.within(index)
+    assert held is not None
+    order = held.slots.argsort(-1)
+    return [held.slots.gather(-1, order), held.clusters.gather(-1, order), *held.sizes]
+
+
+@on_device
+@pytest.mark.parametrize("recalled", [0, 1, 9])
+@pytest.mark.parametrize(("levels", "kv_heads", "batch"), [(1, 1, 1), (2, 2, 3), (3, 4, 1)])
+def test_copied_keys_come_into_view_and_go(
+    levels: int, kv_heads: int, batch: int, recalled: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    for seed, clusters in ((0, 37), (1, 37), (2, 20)):
+        case = layers.Case(kv_heads=kv_heads, levels=levels, seed=seed, clusters=clusters, sinks=4)
+        layer = layers.make_layer(case, DEVICE)
+        orders = [torch.randperm(layer.clustered, device=DEVICE) + 4 for _ in range(kv_heads)]
+        made.append(replace(layer, positions=torch.stack(orders).int()))
+    text, written = text_and_tokens(min(layer.tokens for layer in made), batch, 30)
+    asked = Recall(recalled, made, text)
+    if recalled:
+        asked.observe(torch.rand(batch, len(text), device=DEVICE), 0)
+    monkeypatch.setattr("squeezed.ops.uses_triton", lambda tensor: True)
+    fast = StandingRecall(asked, made, batch)
+    monkeypatch.setattr("squeezed.ops.uses_triton", lambda tensor: False)
+    plain = StandingRecall(asked, made, batch)
+    assert (fast._finder is None, plain._finder is None) == (False, True)
+    some = 0
+    for question in range(2):
+        fast.take(asked)
+        plain.take(asked)
+        for token in written[:, question:].T:
+            fast.follow(token[:, None])
+            plain.follow(token[:, None])
+            for layer in made:
+                for ours, theirs in zip(in_view(fast, layer), in_view(plain, layer), strict=True):
+                    assert torch.equal(ours, theirs)
+            some += int((in_view(plain, made[0])[0] >= 0).sum(-1).max() > recalled)
+    assert some > 0
 
 
 @on_device

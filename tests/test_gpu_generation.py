@@ -39,13 +39,13 @@ def on_gpu(llama: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(llama).to("cuda")
 
 
-def copies(context: FixedContext) -> FixedContext:
-    return replace(context, config=replace(context.config, copying=True))
+def copies(context: FixedContext, copying: bool = True) -> FixedContext:
+    return replace(context, config=replace(context.config, copying=copying))
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["", "copying"])
 def fixed(request: pytest.FixtureRequest, context: FixedContext) -> FixedContext:
-    return copies(context) if request.param else context
+    return copies(context, request.param)
 
 
 def by_transformers(
@@ -143,7 +143,7 @@ def test_every_family_writes_on_a_gpu_what_it_writes_on_a_cpu(
     monkeypatch.setattr("squeezed.ops.triton.cost.dense_microseconds", lambda shape: float("inf"))
     tokenizer, model = tiny.tokenizer(), tiny.model(family)
     context = FixedContext.from_text(model, tokenizer, tiny.text(), tiny.BUILD)
-    context = copies(context) if copying else context
+    context = copies(context, copying)
     expected = ask(model, tokenizer, context, questions, 0.7, decoding=Decoding(16), adaptive=adaptive)
     model, context = model.to("cuda"), context.to("cuda")
     found = ask(model, tokenizer, context, questions, 0.7, decoding=Decoding(16), adaptive=adaptive)

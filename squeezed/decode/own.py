@@ -10,7 +10,6 @@ from torch import Tensor
 
 from squeezed import ops
 from squeezed.ops import reference
-from squeezed.ops.layout import Recalled
 
 
 class Rope(NamedTuple):
@@ -41,7 +40,6 @@ class OwnTokens:
         kept: [levels, B] int64, sum over steps and KV heads of what `squeezed.ops.attend_fixed` kept; None if nothing
             is selected.
         running: [1] int64, 1 while a question of the batch is unanswered: later steps are not counted in `kept`.
-        recalled: what the question recalls, in buffers that stay; None where nothing ever is.
         pending: keys and values [B, kv_heads, 1, head_dim] of this step's token, not yet in its slot.
     """
 
@@ -51,7 +49,6 @@ class OwnTokens:
     window: int | None = None
     kept: Tensor | None = None
     running: Tensor | None = None
-    recalled: Recalled | None = None
     pending: tuple[Tensor, Tensor] | None = None
 
     @property

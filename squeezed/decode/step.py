@@ -13,8 +13,8 @@ from squeezed.cache import FixedLayer, FixedSlidingLayer, Read, SqueezedCache
 from squeezed.decode import fused
 from squeezed.decode.own import OwnTokens
 from squeezed.decode.sampler import Sampler, Sampling, StepState
+from squeezed.decode.standing import StandingRecall
 from squeezed.models import rope_switch
-from squeezed.ops.layout import Recalled, recalled_at
 
 
 class DecodeStep:
@@ -46,8 +46,12 @@ class DecodeStep:
             self._buffer(layer, sliding.index(i) + 1 if i in sliding else 0) for i, layer in enumerate(cache.layers)
         ]
         self.sampler = Sampler(sampling, batch, model.config.get_text_config().vocab_size, device)
-        recall = cache.recall
-        self._recall = recall.standing(batch) if recall is not None and recall.copies else None
+        selecting = [
+            layer.index
+            for layer, own in zip(cache.layers, self._own, strict=True)
+            if isinstance(layer, FixedLayer) and own.kept is not None
+        ]
+        self._recall = StandingRecall(cache.recall, selecting, batch) if cache.recall and selecting else None
         # Own masks are in the attention itself; a mask of four dimensions keeps transformers from making any.
         self._mask = torch.ones(batch, 1, 1, 1, dtype=torch.bool, device=device)
         self.logits = torch.empty(0)
@@ -71,16 +75,7 @@ class DecodeStep:
         if takes_everything(query, layer):
             return own
         kept = torch.zeros(len(layer.index.levels), self.batch, dtype=torch.int64, device=keys.device)
-        own = replace(own, kept=kept, running=self.state.running)
-        if layer.recall is None or layer.recall.copies:
-            return own
-        return replace(own, recalled=self._nothing_recalled(layer))
-
-    def _nothing_recalled(self, layer: FixedLayer) -> Recalled:
-        assert layer.recall is not None
-        index = layer.index
-        shape = (self.batch, index.keys.shape[0], layer.recall.most)
-        return recalled_at(torch.full(shape, -1, device=index.keys.device), index.levels)[0]
+        return replace(own, kept=kept, running=self.state.running)
 
     def serves(self, cache: SqueezedCache, batch: int, needed: int, sampling: Sampling) -> bool:
         """Whether this step can generate for another cache: the same fixed context, read in the same way."""
@@ -106,11 +101,6 @@ class DecodeStep:
                 counters.append([part.shape[1] for part in keys])
             if own.kept is not None:
                 own.kept.zero_()
-            if own.recalled is not None:
-                assert isinstance(layer, FixedLayer)
-                found = layer.recalled(self.batch) or self._nothing_recalled(layer)
-                for buffer, part in zip(own.recalled.tensors, found.tensors, strict=True):
-                    buffer.copy_(part)
             layer.own = own
         if self._recall is not None and cache.recall is not None:
             self._recall.take(cache.recall)
@@ -175,7 +165,7 @@ class DecodeStep:
 
     def _changing(self) -> list[Tensor]:
         kept = [own.kept for own in self._own if own.kept is not None]
-        recent = [] if self._recall is None or self._recall.recent is None else [self._recall.recent]
+        recent = [] if self._recall is None else [self._recall.recent]
         return [*self.state.changing(), *kept, *recent, *self.sampler.changing()]
 
     def run(self) -> None:
@@ -211,7 +201,7 @@ class DecodeStep:
 
         A sliding-window layer gets nothing back: caches with such layers are not continued.
         """
-        if self._recall is not None and self._recall.recent is not None:
+        if self._recall is not None:
             self._given.look_up(self._recall.recent.clone())
             for fixed in cache.fixed_layers:
                 fixed.recall = self._given

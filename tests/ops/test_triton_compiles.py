@@ -19,8 +19,10 @@ from triton.compiler import ASTSource, compile
 from triton.runtime.jit import JITFunction
 from squeezed.clustering import triton as clustering
 from squeezed.clustering.steps import Buckets, Centres
-from squeezed.decode import choose_triton, linear_triton, own, own_triton, qkv_triton
+from squeezed import copying
+from squeezed.decode import choose_triton, copy_triton, linear_triton, own, own_triton, qkv_triton
 from squeezed.decode.sampler import Sampler, Sampling, StepState
+from squeezed.ops.layout import Recalled
 from squeezed.ops.triton import OwnKeys, Tally, attend_fixed, attend_with_own, device, merge_attention, peak_weights
 from tests.ops.cases import Case, make_layer, make_query, make_recalled
 
@@ -84,6 +86,14 @@ merge_attention([out, out])
 for penalty in (1.0, 1.1):
     sampler = Sampler(Sampling(stops=(1, 2, 3), repetition_penalty=penalty), 2, 5000, x.device)
     choose_triton.choose_largest(torch.zeros(2, 5000, dtype=half), sampler, StepState.start(2, 1, 9, x.device))
+finder, recent = copy_triton.Finder(torch.zeros(5000, dtype=torch.long), 2), torch.zeros(2, 6, dtype=torch.long)
+found = torch.zeros(2, copying.WIDTH, dtype=torch.int32)
+finder.follow(recent[:, :1], recent, found[:, :9], found)
+for levels in (1, 2, 3):
+    layer = make_layer(Case(levels=levels))
+    held = Recalled(*(torch.zeros(1, 2, 2, 73, dtype=torch.int32) for _ in range(2)),
+                    tuple(x.sizes.expand(1, 2, -1, -1) for x in layer.levels))
+    copy_triton.bring(found, found, [x.offsets for x in layer.levels], held)
 for dim in (128, 256):
     keys, squares, labels = torch.zeros(2, 300, dim, dtype=torch.half), torch.zeros(2, 300), torch.zeros(2, 300).int()
     centres = Centres(torch.zeros(2, 40, dim), torch.zeros(2, 40), torch.zeros(2, 40))
