@@ -25,7 +25,7 @@ JOBS ?= 4
 memcheck:
 	mkdir -p build
 	$(PYTHON) -m pytest -m gpu --collect-only tests/ops/test_triton.py tests/test_decode_kernels.py \
-		-k "float64_attention_to or recalled or stand_ins_and_eight_bits_equal or merging or appending or products or peak" \
+		-k "float64_attention_to or recalled or stand_ins_and_eight_bits_equal or merging or appending or products or peak or copy or copied" \
 		> build/memcheck.txt
 	grep :: build/memcheck.txt | PYTORCH_NO_CUDA_MEMORY_CACHING=1 xargs -d '\n' -P $(JOBS) -n 10 \
 		compute-sanitizer --tool memcheck --error-exitcode 9 $(PYTHON) -m pytest -m gpu -x

@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from squeezed.cli import bench_app, messages, output
-from squeezed.cli.options import Device, DType, JsonFlag, load, parse_dtype, resolve_device
+from squeezed.cli.options import Copying, Device, DType, JsonFlag, Recall, load, parse_dtype, resolve_device
 from squeezed.errors import InputError
 
 if TYPE_CHECKING:
@@ -138,6 +138,8 @@ def generate(
     preset: Annotated[
         str | None, typer.Option(help="best: ours; paper: as published. [best; paper with --shape]")
     ] = None,
+    recall: Recall = None,
+    copying: Copying = None,
     device: Device = "auto",
     dtype: DType = "auto",
     as_json: JsonFlag = False,
@@ -152,7 +154,9 @@ def generate(
     if new_tokens < 2:
         raise InputError(f"new-tokens is {new_tokens}: expected at least 2, to time those after the first")
     preset = preset or ("paper" if shape else "best")
-    config = replace(find_preset(preset), levels=levels)
+    given: dict[str, Any] = {"recall": recall, "copying": copying}
+    given = {name: value for name, value in given.items() if value is not None}
+    config = replace(find_preset(preset), levels=levels, **given)
     if config.key_bits == 8:
         raise InputError(
             f"preset is {preset}, which keeps no 16-bit keys to time dense answers with: expected best or paper; "
@@ -173,7 +177,7 @@ def generate(
             )
     else:
         raise InputError("--shape times a GPU and there is none in use; leave it out, or pass --device cuda")
-    rows = [{"preset": preset, **row} for row in rows]
+    rows = [{"preset": preset, **given, **row} for row in rows]
     run = {"device": _device_name(place), "model": shape or model, **_versions(), "rows": rows}
     _print(run, as_json)
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from squeezed.cli import app, messages
-from squeezed.cli.options import Device, DType, load
+from squeezed.cli.options import Copying, Device, DType, Recall, load
 from squeezed.cli.progress import Stages
 
 
@@ -23,12 +23,8 @@ def build(
     clusters: Annotated[float | None, typer.Option(help="Clusters as a share of the keys.")] = None,
     levels: Annotated[int | None, typer.Option(help="Cluster levels, 1 to 3.")] = None,
     window: Annotated[int | None, typer.Option(help="Last tokens that are always attended.")] = None,
-    recall: Annotated[
-        int | None, typer.Option(help="Most tokens that an answer attends to because its question read them closely.")
-    ] = None,
-    copying: Annotated[
-        bool | None, typer.Option(help="Let an answer also attend to the passages that it is copying.")
-    ] = None,
+    recall: Recall = None,
+    copying: Copying = None,
     chunk: Annotated[int | None, typer.Option(help="Tokens per prefill chunk; less needs less memory.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the plain text instead of chatting about it.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing context.")] = False,

@@ -15,6 +15,10 @@ if TYPE_CHECKING:  # not imported at start-up: it brings torch
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")]
 DType = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: float32 on CPU.")]
+Recall = Annotated[
+    int | None, typer.Option(help="Most tokens that an answer attends to because its question read them closely.")
+]
+Copying = Annotated[bool | None, typer.Option(help="Let an answer also attend to the passages that it is copying.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 

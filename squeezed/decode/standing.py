@@ -62,10 +62,13 @@ class StandingRecall(Recall):
                 held.bring(self._copied)
             return
         self.recent.copy_(copying.followed(self.recent, tokens))
+        before = self._copied.clone()
         found = copying.copied(self.text, self.recent)
         self._copied.fill_(-1)
         self._copied[:, : found.shape[1]] = copying.once(found, self._recalled)
-        self._bring_all()
+        # Most tokens copy nothing; on a GPU nobody may ask.
+        if found.is_cuda or not torch.equal(before, self._copied):
+            self._bring_all()
 
     def _bring_all(self) -> None:
         places = torch.cat([self._recalled, self._copied], dim=1).long()

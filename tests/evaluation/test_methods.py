@@ -304,6 +304,7 @@ def test_keep_top_and_keep_groups_keep_what_fits() -> None:
         ("quest:size=3", "no option 'size'"),
         ("quest:page=x", "expected an int"),
         ("quest:page=-4", "page is -4: expected 0 or more"),
+        ("actqkv:page=0", "page is 0: expected 1 or more"),
         ("multipole:keys_per_cluster=nan", "keys_per_cluster is nan: expected 0 or more"),
     ],
 )

@@ -56,12 +56,15 @@ def find_method(spec: str) -> Method:
         if key not in fields:
             known = ", ".join(fields) or "none"
             raise InputError(f"method {name} has no option {key!r}; its options are {known}")
-        changes[key] = _parse(f"{name}:{key}", value, getattr(target, key))
+        default = getattr(target, key)
+        # Where 0 has a meaning, it is the default: sizes are not 0. BuildConfig checks its own.
+        least = 1 if type(default) is int and default > 0 and target is method else 0
+        changes[key] = _parse(f"{name}:{key}", value, default, least)
     target = dataclasses.replace(target, **changes)
     return dataclasses.replace(method, config=target) if isinstance(method, Squeezed) else target
 
 
-def _parse(what: str, value: str, default: Any) -> Any:
+def _parse(what: str, value: str, default: Any, least: int) -> Any:
     if isinstance(default, bool):
         if value.lower() not in ("true", "false"):
             raise InputError(f"option {what} is {value!r}: expected true or false")
@@ -72,8 +75,8 @@ def _parse(what: str, value: str, default: Any) -> Any:
     except ValueError as error:
         expected = "an int" if kind is int else f"a {kind.__name__}"
         raise InputError(f"option {what} is {value!r}: expected {expected}") from error
-    if kind is not str and not parsed >= 0:  # not below 0, which nan isn't
-        raise InputError(f"option {what} is {value}: expected 0 or more")
+    if kind is not str and not parsed >= least:  # not below it, which nan isn't
+        raise InputError(f"option {what} is {value}: expected {least} or more")
     return parsed
 
 
