@@ -23,7 +23,6 @@ class StandingRecall(Recall):
         like: says how many tokens are recalled, and whether any are copied.
         layers: those that will ask where these lie in their clusters.
         batch: questions.
-
     """
 
     recent: Tensor
