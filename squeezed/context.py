@@ -18,7 +18,14 @@ from squeezed.calibration import ThresholdCurves, calibrate
 from squeezed.config import BuildConfig, check_sparsity
 from squeezed.decode.loop import Steps
 from squeezed.errors import InputError
-from squeezed.models import attention_modules, max_positions, model_identity, rope_switch, tokenizer_identity
+from squeezed.models import (
+    attention_modules,
+    check_identity,
+    max_positions,
+    model_identity,
+    rope_switch,
+    tokenizer_identity,
+)
 from squeezed.ops.layout import ClusteredKeys
 from squeezed.prefill import PrefilledLayer, prefill
 from squeezed.preparation import PROBES, Probes, SlidingTail, prepare_layer, question_layer, scale_of
@@ -289,18 +296,7 @@ class FixedContext:
 
     def check_belongs_to(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise InputError, naming the difference, unless this context was built with `model` and `tokenizer`."""
-        found = model_identity(model)
-        for key, what in (
-            ("type", "model type"),
-            ("config", "model configuration (hash)"),
-            ("dtype", "dtype"),  # before the weights, whose fingerprint is another in float16
-            ("weights", "model weights (fingerprint)"),
-        ):
-            if found[key] != self.model[key]:
-                raise InputError(
-                    f"the context was built with another {what}: {self.model[key][:16]}, and this model has "
-                    f"{found[key][:16]}; load the model it was built with, or build it again with this one"
-                )
+        check_identity(self.model, model_identity(model))
         if tokenizer_identity(tokenizer) != self.tokenizer:
             raise InputError(
                 "the context was built with another tokenizer; load the one it was built with, or build it again"

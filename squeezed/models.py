@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,14 @@ _REFUSED_TYPES = {
     "gpt_oss": "has learned attention sinks",
     "diffllama": "subtracts one attention from another",
     "doge": "masks keys by their values",
+}
+# What `model_identity` tells, in the order in which a difference is named: dtype before weights, whose fingerprint is
+# another in float16.
+_IDENTITY = {
+    "type": "model type",
+    "config": "model configuration (hash)",
+    "dtype": "dtype",
+    "weights": "model weights (fingerprint)",
 }
 
 
@@ -44,7 +53,10 @@ class LayerPlan:
 
 
 def load_model(
-    name: str, device: str = "cpu", dtype: torch.dtype | None = None
+    name: str,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    expected: Mapping[str, str] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer from a local folder, a .gguf file, a hub name, or `demo`.
 
@@ -52,15 +64,19 @@ def load_model(
         name: which model.
         device: where to put it.
         dtype: None is float32 on CPU (half precision is slower there) and the checkpoint's own elsewhere.
+        expected: a context's `model`, where the model is loaded for that context.
 
     Raises:
-        InputError: not found, no weights, or an architecture that can't be squeezed.
+        InputError: not found, no weights, an architecture that can't be squeezed, or a configuration that shows that
+            it is not the model of `expected`; that is known before the weights are read.
     """
     source, options = _source(name)
     precision: Any = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
     try:
         config = AutoConfig.from_pretrained(source, **options)
         _check_config(config)
+        if expected is not None:
+            check_identity(expected, _identity_by_config(config))
         loading = dict(options)
         if "gguf_file" in options:
             from transformers import GgufConfig
@@ -206,9 +222,6 @@ def model_identity(model: PreTrainedModel) -> dict[str, str]:
     The fingerprint covers 64 values of every parameter, rounded to bfloat16 so that it is the same for a model loaded
     in float32 and in bfloat16; float16 rounds otherwise.
     """
-    text = model.config.get_text_config().to_dict()
-    volatile = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
-    settled = {k: v for k, v in text.items() if k not in volatile and not k.endswith(("_token_id", "_implementation"))}
     digest = hashlib.sha256()
     for name, parameter in model.get_decoder().named_parameters():
         flat = parameter.detach().reshape(-1)
@@ -219,9 +232,40 @@ def model_identity(model: PreTrainedModel) -> dict[str, str]:
     return {
         "type": model.config.model_type,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "config": hashlib.sha256(json.dumps(settled, sort_keys=True, default=str).encode()).hexdigest(),
+        "config": _hash_of(model.config),
         "weights": digest.hexdigest(),
     }
+
+
+def _identity_by_config(config: Any) -> dict[str, str]:
+    """As much of `model_identity` as a configuration tells for sure before its model is loaded."""
+    text, found = config.get_text_config(), {}
+    if text is config:  # of a model of text and images transformers may load the text's part alone, by its own type
+        found["type"] = config.model_type
+    if not any(getattr(part, "quantization_config", None) for part in (config, text)):  # rewritten by loading
+        found["config"] = _hash_of(config)
+    return found
+
+
+def _hash_of(config: Any) -> str:
+    text = config.get_text_config().to_dict()
+    volatile = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
+    settled = {k: v for k, v in text.items() if k not in volatile and not k.endswith(("_token_id", "_implementation"))}
+    return hashlib.sha256(json.dumps(settled, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def check_identity(expected: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Compare a model with the one that a context was built with, by all that `found` tells of it.
+
+    Raises:
+        InputError: they differ; names in what.
+    """
+    for key, what in _IDENTITY.items():
+        if key in found and found[key] != expected[key]:
+            raise InputError(
+                f"the context was built with another {what}: {expected[key][:16]}, and this model has "
+                f"{found[key][:16]}; load the model it was built with, or build it again with this one"
+            )
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:

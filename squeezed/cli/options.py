@@ -22,8 +22,8 @@ Copying = Annotated[bool | None, typer.Option(help="Let an answer also attend to
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
-def load(model: str, device: str, dtype: str) -> tuple[Any, Any]:
-    """Model and tokenizer, with a note on the screen while they load."""
+def load(model: str, device: str, dtype: str, expected: dict[str, str] | None = None) -> tuple[Any, Any]:
+    """Model and tokenizer, with a note on the screen while they load; `expected` as for `load_model`."""
     from rich.markup import escape
     from transformers.utils import logging
 
@@ -31,7 +31,7 @@ def load(model: str, device: str, dtype: str) -> tuple[Any, Any]:
 
     logging.disable_progress_bar()
     with messages.status(escape(f"loading {model}")):
-        return load_model(model, resolve_device(device), parse_dtype(dtype))
+        return load_model(model, resolve_device(device), parse_dtype(dtype), expected)
 
 
 def source_of(context: Path, manifest: Manifest, model: str | None) -> str:
@@ -47,7 +47,11 @@ def source_of(context: Path, manifest: Manifest, model: str | None) -> str:
 
 
 def load_built_with(source: str, manifest: Manifest, model: str | None, device: str, dtype: str) -> tuple[Any, Any]:
-    """`load` of what `source_of` found, in the dtype of the build: it takes no other."""
+    """`load` of what `source_of` found, in the dtype of the build: it takes no other.
+
+    Raises:
+        InputError: another device or dtype than can be had, or as `load_model` for the manifest's model.
+    """
     # Refused first: what is wrong with these is not where the model is.
     resolve_device(device)
     parse_dtype(dtype)
@@ -55,7 +59,7 @@ def load_built_with(source: str, manifest: Manifest, model: str | None, device: 
     if dtype not in ("auto", built):
         raise InputError(f"dtype is {dtype!r}: the context was built in {built}; leave --dtype out, or build it again")
     try:
-        return load(source, device, built)
+        return load(source, device, built, manifest.model)
     except InputError as error:
         raise InputError(f"{error}" if model else f"{error}; if the model has moved, pass --model") from error
 
