@@ -35,8 +35,10 @@ _STYLES: dict[str, dict[str, Any]] = {
     "random": {"color": "0.55", "marker": "x", "linestyle": ":"},
     "oracle": {"color": "0.25", "marker": "*", "linestyle": ":"},
 }
-_LABEL_GAP = 0.047  # between labels, as a share of the axis
+_LABEL_GAP, _LABEL_LINE = 0.047, 0.035  # of a label of one line, and of each more; shares of the axis
+_LABEL = 38  # characters in a line of a label
 _TITLE = 40  # characters in a line above a map
+_DASHES = ((0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 _SPARE = ("#444444", "#996633", "#336699", "#669933", "#993366")
 
 
@@ -87,14 +89,15 @@ def _budget_panel(axis: Any, rows: Metrics, value: Callable[[Metrics], dict[str,
         axis.axhline(full["mean"], color="black", linewidth=1.4, zorder=3)
         axis.axhspan(full["low"], full["high"], color="black", alpha=0.08, linewidth=0)
     ends: list[tuple[float, float, str, dict[str, Any]]] = []
-    for spec in dict.fromkeys(row["method"] for row in rows.values()):
+    styles = _styles(rows)
+    for spec in styles:
         if spec == _FULL:
             continue
         own = [(row["kv_budget"], value(row), row) for row in rows.values() if row["method"] == spec]
         points = sorted(((x, y) for x, y, _ in own if y is not None), key=lambda point: point[0])
         if not points:
             continue
-        style = _style(spec)
+        style = styles[spec]
         xs = [x for x, _ in points]
         ys = np.array([[y["mean"], y["low"], y["high"]] for _, y in points])
         axis.plot(xs, ys[:, 0], markersize=6, **{"linewidth": 1.3, "linestyle": "-", "zorder": 3, **style})
@@ -108,6 +111,15 @@ def _budget_panel(axis: Any, rows: Metrics, value: Callable[[Metrics], dict[str,
     if full is not None and not falling:
         ends.append((axis.get_xlim()[1], full["mean"], f"full attention {full['mean']:.1f}", {"color": "black"}))
     _label_ends(axis, ends, falling)
+
+
+def _styles(rows: Metrics) -> dict[str, dict[str, Any]]:
+    """By method, in the order of the rows: one method with several options has one colour and several dashes."""
+    styles: dict[str, dict[str, Any]] = {}
+    for spec in dict.fromkeys(row["method"] for row in rows.values()):
+        alike = sum(":" in other and other.partition(":")[0] == spec.partition(":")[0] for other in styles)
+        styles[spec] = {**_style(spec), **({"linestyle": _DASHES[(alike - 1) % len(_DASHES)]} if alike else {})}
+    return styles
 
 
 def _style(spec: str) -> dict[str, Any]:
@@ -147,8 +159,10 @@ def _label_ends(axis: Any, ends: Sequence[tuple[float, float, str, dict[str, Any
         return (np.log(y / low) / np.log(high / low)) if log else (y - low) / (high - low)
 
     ordered = sorted(ends, key=lambda end: end[1])
-    heights = _apart([place(max(y, 1e-12)) for _, y, _, _ in ordered], _LABEL_GAP)
-    for (x, y, name, style), height in zip(ordered, heights, strict=True):
+    names = [textwrap.fill(name, _LABEL) for _, _, name, _ in ordered]
+    sizes = [_LABEL_GAP + _LABEL_LINE * name.count("\n") for name in names]
+    heights = _apart([place(max(y, 1e-12)) for _, y, _, _ in ordered], sizes)
+    for (x, y, _, style), name, height in zip(ordered, names, heights, strict=True):
         axis.annotate(
             name,
             xy=(x, y),
@@ -172,16 +186,18 @@ def _label_ends(axis: Any, ends: Sequence[tuple[float, float, str, dict[str, Any
         )
 
 
-def _apart(heights: Sequence[float], gap: float) -> list[float]:
-    """The nearest ascending heights (least squares) that lie at least `gap` apart: isotonic regression."""
+def _apart(heights: Sequence[float], sizes: Sequence[float]) -> list[float]:
+    """The nearest ascending heights (least squares) at which labels of these sizes stay apart: isotonic regression."""
+    # What the label has below it, if all stand close: half its own size, half of the first's, all of those between.
+    below = [sum(sizes[:i]) + (sizes[i] - sizes[0]) / 2 for i in range(len(sizes))]
     blocks: list[list[float]] = []  # sum and number of members, which stand as one
-    for number, height in enumerate(heights):
-        blocks.append([height - number * gap, 1.0])
+    for height, offset in zip(heights, below, strict=True):
+        blocks.append([height - offset, 1.0])
         while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
             total, count = blocks.pop()
             blocks[-1] = [blocks[-1][0] + total, blocks[-1][1] + count]
     levels = [total / count for total, count in blocks for _ in range(int(count))]
-    found = [level + number * gap for number, level in enumerate(levels)]
+    found = [level + offset for level, offset in zip(levels, below, strict=True)]
     over = max(0.0, (found[-1] if found else 0.0) - 1.0)
     return [height - over for height in found]
 
@@ -195,15 +211,16 @@ def by_task(metrics: Metrics) -> Figure:
     rows = -(-len(tasks) // columns)
     drawn, axes = figure(rows, columns, (3.9 * columns, 3.0 * rows), squeeze=False)
     handles: dict[str, Any] = {}
+    styles = _styles(found["rows"])
     for axis, task in zip(axes.flat, tasks, strict=False):
-        for spec in dict.fromkeys(row["method"] for row in found["rows"].values()):
+        for spec in styles:
             own = [row for row in found["rows"].values() if row["method"] == spec and task in row["tasks"]]
             if spec == _FULL:
                 axis.axhline(own[0]["tasks"][task]["mean"], color="black", linewidth=1.4) if own else None
                 continue
             points = sorted((row["kv_budget"], row["tasks"][task]["mean"]) for row in own)
             if points:
-                style = {"linewidth": 1.1, "linestyle": "-", **_style(spec)}
+                style = {"linewidth": 1.1, "linestyle": "-", **styles[spec]}
                 (line,) = axis.plot(*zip(*points, strict=True), markersize=4, **style)
                 handles[own[0]["title"]] = line
         axis.set_title(task, fontsize=10)
@@ -220,7 +237,8 @@ def by_task(metrics: Metrics) -> Figure:
         f"{metrics['suite']}, {int(length):,} tokens, {metrics['model']}: score (%) against KV budget (log) by task; "
         "black is full attention"
     )
-    drawn.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False)
+    names = [textwrap.fill(name, _LABEL) for name in handles]
+    drawn.legend(handles.values(), names, loc="outside lower center", ncols=5, frameon=False)
     return drawn
 
 
@@ -283,13 +301,14 @@ def errors_by_layer(metrics: Metrics) -> Figure:
     rows = metrics["lengths"][length]["rows"]
     drawn, axis = figure(1, 1, (9.5, 5.6))
     ends = []
-    for spec in dict.fromkeys(row["method"] for row in rows.values()):
+    styles = _styles(rows)
+    for spec in styles:
         own = [row for row in rows.values() if row["method"] == spec and "error_by_layer" in row]
         if spec == _FULL or not own:
             continue
         row = min(own, key=lambda row: abs(row["kv_budget"] - 0.1))
         values = row["error_by_layer"]
-        style = {"linewidth": 1.3, "linestyle": "-", **_style(spec)}
+        style = {"linewidth": 1.3, "linestyle": "-", **styles[spec]}
         axis.plot(range(len(values)), values, markersize=4, **style)
         ends.append((len(values) - 1, values[-1], f"{row['title']}, {row['kv_budget']:.3f}", style))
     axis.set_yscale("log")

@@ -197,10 +197,24 @@ def test_tasks_count_alike_in_an_average() -> None:
 def test_labels_are_moved_apart_and_no_further() -> None:
     from squeezed.evaluation.plots import _apart
 
-    assert _apart([0.1, 0.5, 0.9], 0.05) == pytest.approx([0.1, 0.5, 0.9])
-    assert _apart([0.5, 0.5, 0.5], 0.1) == pytest.approx([0.4, 0.5, 0.6])
-    assert _apart([0.2, 0.98, 1.0], 0.1)[-1] <= 1.0
-    found = _apart([0.1, 0.12, 0.13, 0.8], 0.05)
+    assert _apart([0.1, 0.5, 0.9], [0.05] * 3) == pytest.approx([0.1, 0.5, 0.9])
+    assert _apart([0.5, 0.5, 0.5], [0.1] * 3) == pytest.approx([0.4, 0.5, 0.6])
+    assert _apart([0.2, 0.98, 1.0], [0.1] * 3)[-1] <= 1.0
+    found = _apart([0.1, 0.12, 0.13, 0.8], [0.05] * 4)
     assert all(above - below >= 0.05 - 1e-9 for below, above in pairwise(found))
     assert found[-1] == pytest.approx(0.8)
-    assert _apart([], 0.1) == []
+    assert _apart([], []) == []
+    # Of two lines: half of each below it and above it is its own.
+    assert _apart([0.5, 0.5, 0.5], [0.1, 0.2, 0.1]) == pytest.approx([0.35, 0.5, 0.65])
+
+
+def test_rows_of_one_method_are_told_apart_by_their_dashes() -> None:
+    from squeezed.evaluation.plots import _styles
+
+    rows = {name: {"method": name} for name in ("squeezed", "squeezed:recall=0", "squeezed:copying=false", "quest")}
+    styles = _styles(rows)
+    assert list(styles) == list(rows)
+    assert styles["squeezed:recall=0"]["color"] == styles["squeezed:copying=false"]["color"]
+    lines = [styles[name].get("linestyle", "-") for name in rows]
+    assert lines[0] == lines[1] == lines[3] == "-"
+    assert lines[2] != "-"
