@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -89,15 +90,13 @@ def _budget_panel(axis: Any, rows: Metrics, value: Callable[[Metrics], dict[str,
         axis.axhline(full["mean"], color="black", linewidth=1.4, zorder=3)
         axis.axhspan(full["low"], full["high"], color="black", alpha=0.08, linewidth=0)
     ends: list[tuple[float, float, str, dict[str, Any]]] = []
-    styles = _styles(rows)
-    for spec in styles:
+    for spec, style in _styles(rows).items():
         if spec == _FULL:
             continue
         own = [(row["kv_budget"], value(row), row) for row in rows.values() if row["method"] == spec]
         points = sorted(((x, y) for x, y, _ in own if y is not None), key=lambda point: point[0])
         if not points:
             continue
-        style = styles[spec]
         xs = [x for x, _ in points]
         ys = np.array([[y["mean"], y["low"], y["high"]] for _, y in points])
         axis.plot(xs, ys[:, 0], markersize=6, **{"linewidth": 1.3, "linestyle": "-", "zorder": 3, **style})
@@ -188,8 +187,8 @@ def _label_ends(axis: Any, ends: Sequence[tuple[float, float, str, dict[str, Any
 
 def _apart(heights: Sequence[float], sizes: Sequence[float]) -> list[float]:
     """The nearest ascending heights (least squares) at which labels of these sizes stay apart: isotonic regression."""
-    # What the label has below it, if all stand close: half its own size, half of the first's, all of those between.
-    below = [sum(sizes[:i]) + (sizes[i] - sizes[0]) / 2 for i in range(len(sizes))]
+    # Of labels that touch, each stands half its own size and half of its neighbour's above that neighbour.
+    below = [sum((a + b) / 2 for a, b in pairwise(sizes[: i + 1])) for i in range(len(sizes))]
     blocks: list[list[float]] = []  # sum and number of members, which stand as one
     for height, offset in zip(heights, below, strict=True):
         blocks.append([height - offset, 1.0])
@@ -213,15 +212,16 @@ def by_task(metrics: Metrics) -> Figure:
     handles: dict[str, Any] = {}
     styles = _styles(found["rows"])
     for axis, task in zip(axes.flat, tasks, strict=False):
-        for spec in styles:
+        for spec, style in styles.items():
             own = [row for row in found["rows"].values() if row["method"] == spec and task in row["tasks"]]
             if spec == _FULL:
                 axis.axhline(own[0]["tasks"][task]["mean"], color="black", linewidth=1.4) if own else None
                 continue
             points = sorted((row["kv_budget"], row["tasks"][task]["mean"]) for row in own)
             if points:
-                style = {"linewidth": 1.1, "linestyle": "-", **styles[spec]}
-                (line,) = axis.plot(*zip(*points, strict=True), markersize=4, **style)
+                (line,) = axis.plot(
+                    *zip(*points, strict=True), markersize=4, **{"linewidth": 1.1, "linestyle": "-", **style}
+                )
                 handles[own[0]["title"]] = line
         axis.set_title(task, fontsize=10)
         axis.set_xscale("log")
@@ -301,15 +301,13 @@ def errors_by_layer(metrics: Metrics) -> Figure:
     rows = metrics["lengths"][length]["rows"]
     drawn, axis = figure(1, 1, (9.5, 5.6))
     ends = []
-    styles = _styles(rows)
-    for spec in styles:
+    for spec, style in _styles(rows).items():
         own = [row for row in rows.values() if row["method"] == spec and "error_by_layer" in row]
         if spec == _FULL or not own:
             continue
         row = min(own, key=lambda row: abs(row["kv_budget"] - 0.1))
         values = row["error_by_layer"]
-        style = {"linewidth": 1.3, "linestyle": "-", **styles[spec]}
-        axis.plot(range(len(values)), values, markersize=4, **style)
+        axis.plot(range(len(values)), values, markersize=4, **{"linewidth": 1.3, "linestyle": "-", **style})
         ends.append((len(values) - 1, values[-1], f"{row['title']}, {row['kv_budget']:.3f}", style))
     axis.set_yscale("log")
     axis.set_xlabel("layer")
